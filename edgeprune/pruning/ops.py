@@ -37,8 +37,8 @@ def gather_rows(tokens: Tensor, indices: Tensor, num_prefix_tokens: int) -> Tens
 def count_tokens(scores: Tensor, k: int, mode: int, threshold: float) -> Tensor:
     """Return how many tokens the mode keeps, [B] int32; more than `k` means that k was too small.
 
-    Mode 0 keeps k. Mode 1 keeps scores above the threshold. Mode 2 keeps the best tokens until their scores sum to
-    the threshold, at least one; from 1 up it keeps all.
+    Mode 0 keeps k. Mode 1 keeps scores above the threshold. Mode 2 keeps the best tokens until their scores, taken
+    as at least 0, sum to the threshold; it keeps one at least, and all from a threshold of 1 up.
     """
     B, N = scores.shape
     scores = scores.detach().float()
@@ -48,7 +48,7 @@ def count_tokens(scores: Tensor, k: int, mode: int, threshold: float) -> Tensor:
         return (scores > threshold).sum(1, dtype=torch.int32)
     if threshold >= 1:
         return torch.full((B,), N, dtype=torch.int32, device=scores.device)
-    ranked = scores.nan_to_num(nan=0.0).gather(1, rank_tokens(scores))
+    ranked = scores.nan_to_num(nan=0.0).clamp(min=0).gather(1, rank_tokens(scores))
     before = ranked.cumsum(1) - ranked
     return (before < threshold).sum(1, dtype=torch.int32).clamp(min=1)
 

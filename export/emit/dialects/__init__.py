@@ -1,0 +1,1 @@
+"""How the parts of a transformer are written for each kind of runtime."""

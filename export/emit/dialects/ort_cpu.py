@@ -1,0 +1,85 @@
+"""The form measured fastest on ONNX Runtime's CPU provider (see benchmarks/README.md and DECISIONS.md).
+
+Gemm on [B*T, D], MultiHeadAttention, erf Gelu, plain LayerNormalization and Add. SkipLayerNormalization and packed
+attention are slower there and never emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from edgeprune.export.emit.builder import GraphBuilder
+from edgeprune.export.emit.dialects.plain import PlainDialect
+
+MICROSOFT = "com.microsoft"
+
+
+class OrtCpuDialect(PlainDialect):
+    """Rows are [B*T, D]."""
+
+    def to_tokens(self, g: GraphBuilder, rows: gs.Tensor, tokens: int) -> gs.Tensor:
+        """Return rows [B*T, D] as [B, T, D]."""
+        return g.reshape(rows, [g.batch, tokens, rows.shape[-1]], name="tokens")
+
+    def to_rows(self, g: GraphBuilder, tokens: gs.Tensor) -> gs.Tensor:
+        """Return [B, T, D] as [B*T, D]."""
+        B, T, D = tokens.shape
+        return g.reshape(tokens, [B * T if isinstance(B, int) else None, D], name="rows")
+
+    def linear(
+        self, g: GraphBuilder, name: str, x: gs.Tensor, weight: np.ndarray, bias: np.ndarray | None, key: str
+    ) -> gs.Tensor:
+        """Return one Gemm of x [rows, in]."""
+        inputs = [x, g.constant(f"{key}.weight", weight)]
+        if bias is not None:
+            inputs.append(g.constant(f"{key}.bias", bias))
+        return g.node("Gemm", inputs, shape=[x.shape[0], weight.shape[0]], name=name, transB=1)
+
+    def gelu(self, g: GraphBuilder, name: str, x: gs.Tensor) -> gs.Tensor:
+        """Return ONNX Runtime's exact GELU."""
+        return g.node("Gelu", [x], shape=x.shape, name=name, domain=MICROSOFT)
+
+    def embed_patches(
+        self, g: GraphBuilder, images: gs.Tensor, weight: np.ndarray, bias: np.ndarray, grid: Sequence[int]
+    ) -> gs.Tensor:
+        """Return [B, N, D]: patches cut by a transpose, projected by one Gemm."""
+        D, C, ph, pw = weight.shape
+        (rows, cols), B = grid, g.batch
+        x = g.reshape(images, [B, C, rows, ph, cols, pw], name="cut")
+        x = g.transpose(x, [0, 2, 4, 1, 3, 5], name="patches")
+        count = B * rows * cols if isinstance(B, int) else None
+        x = g.reshape(x, [count, C * ph * pw], name="flatten")
+        x = self.linear(g, "proj", x, weight.reshape(D, -1), bias, "patch_embed.proj.flat")
+        return g.reshape(x, [B, rows * cols, D], name="tokens")
+
+    def keys(self, g: GraphBuilder, k: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
+        """Return the keys [B, T, D]; heads stay merged."""
+        return self.to_tokens(g, k, tokens)
+
+    def attention(
+        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, v: gs.Tensor, counts: tuple[int, int], heads: int
+    ) -> gs.Tensor:
+        """Return ONNX Runtime's fused attention."""
+        queries, tokens = counts
+        inputs = [self.to_tokens(g, q, queries), keys, self.to_tokens(g, v, tokens)]
+        shape = [g.batch, queries, q.shape[-1]]
+        attrs = {"domain": MICROSOFT, "num_heads": heads}
+        return self.to_rows(g, g.node("MultiHeadAttention", inputs, shape=shape, name="context", **attrs))
+
+    def class_attention(self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
+        """Return the CLS query's attention, mean over heads, [B, T].
+
+        The query is spread over a block-diagonal [H, D], so that the keys [B, T, D] are used as they are: splitting
+        them into heads would cost a transpose larger than the product.
+        """
+        B, D = g.batch, q.shape[-1]
+        diagonal = np.repeat(np.eye(heads, dtype=np.float32), D // heads, axis=1)[None]
+        mask = g.constant(f"const.heads_{heads}_{D}", diagonal)
+        spread = g.node("Mul", [q, mask], shape=[B, heads, D], name="spread")
+        attrs = {"domain": MICROSOFT, "transB": 1, "alpha": (D // heads) ** -0.5}
+        logits = g.node("FusedMatMul", [spread, keys], shape=[B, heads, tokens], name="logits", **attrs)
+        weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
+        return g.reduce("ReduceMean", weights, 1, keepdims=False, name="scores")

@@ -1,0 +1,105 @@
+"""Standard operators only, as every engine and quantizer reads them: MatMul and Add on [B, T, D], decomposed attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from edgeprune.export.emit.builder import GraphBuilder
+
+
+class PlainDialect:
+    """The portable form, and the base other dialects override piece by piece.
+
+    The residual stream ("rows") is [B, T, D] here; a dialect may hold it as [B*T, D]. `to_tokens` and `to_rows` convert.
+    """
+
+    def to_tokens(self, g: GraphBuilder, rows: gs.Tensor, tokens: int) -> gs.Tensor:
+        """Return rows as [B, T, D]."""
+        return rows
+
+    def to_rows(self, g: GraphBuilder, tokens: gs.Tensor) -> gs.Tensor:
+        """Return [B, T, D] as the residual stream's layout."""
+        return tokens
+
+    def linear(
+        self, g: GraphBuilder, name: str, x: gs.Tensor, weight: np.ndarray, bias: np.ndarray | None, key: str
+    ) -> gs.Tensor:
+        """Return x W^T + b in the layout of x.
+
+        Args:
+            x: [..., in].
+            weight: [out, in] as torch stores it.
+            bias: [out] or None.
+            key: name of the weight; the bias is named after it.
+        """
+        shape = [*x.shape[:-1], weight.shape[0]]
+        y = g.node("MatMul", [x, g.constant(f"{key}.weight.T", weight.T)], shape=shape, name=name)
+        if bias is None:
+            return y
+        return g.node("Add", [y, g.constant(f"{key}.bias", bias)], shape=shape, name=f"{name}.add_bias")
+
+    def layer_norm(
+        self, g: GraphBuilder, name: str, x: gs.Tensor, weight: np.ndarray, bias: np.ndarray, eps: float, key: str
+    ) -> gs.Tensor:
+        """Return LayerNorm over the last axis."""
+        inputs = [x, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
+        return g.node("LayerNormalization", inputs, shape=x.shape, name=name, axis=-1, epsilon=eps)
+
+    def gelu(self, g: GraphBuilder, name: str, x: gs.Tensor) -> gs.Tensor:
+        """Return the exact (erf) GELU."""
+        if g.opset >= 20:
+            return g.node("Gelu", [x], shape=x.shape, name=name)
+        scaled = g.node("Div", [x, g.scalar(math.sqrt(2))], shape=x.shape, name=f"{name}.div")
+        erf = g.node("Erf", [scaled], shape=x.shape, name=f"{name}.erf")
+        one = g.node("Add", [erf, g.scalar(1.0)], shape=x.shape, name=f"{name}.one")
+        half = g.node("Mul", [x, g.scalar(0.5)], shape=x.shape, name=f"{name}.half")
+        return g.node("Mul", [half, one], shape=x.shape, name=name)
+
+    def embed_patches(
+        self, g: GraphBuilder, images: gs.Tensor, weight: np.ndarray, bias: np.ndarray, grid: Sequence[int]
+    ) -> gs.Tensor:
+        """Return [B, N, D] of images [B, C, H, W]; weight [D, C, ph, pw]."""
+        D, _, ph, pw = weight.shape
+        key = "patch_embed.proj"
+        inputs = [images, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
+        attrs = {"kernel_shape": [ph, pw], "strides": [ph, pw]}
+        maps = g.node("Conv", inputs, shape=[g.batch, D, *grid], name="proj", **attrs)
+        flat = g.reshape(maps, [g.batch, D, grid[0] * grid[1]], name="flatten")
+        return g.transpose(flat, [0, 2, 1])
+
+    def split_heads(self, g: GraphBuilder, name: str, x: gs.Tensor, heads: int, perm: Sequence[int]) -> gs.Tensor:
+        """Return x [B, T, D] as [B, T, H, d] permuted."""
+        _, T, D = x.shape
+        return g.transpose(g.reshape(x, [g.batch, T, heads, D // heads], name=f"{name}.split"), perm, name=name)
+
+    def keys(self, g: GraphBuilder, k: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
+        """Return the keys in the form `attention` and `class_attention` share: [B, H, d, T]."""
+        return self.split_heads(g, "k_heads", self.to_tokens(g, k, tokens), heads, [0, 2, 3, 1])
+
+    def attention(
+        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, v: gs.Tensor, counts: tuple[int, int], heads: int
+    ) -> gs.Tensor:
+        """Return softmax(q k^T / sqrt(d)) v in the layout of rows; counts are (queries, keys)."""
+        queries, tokens = counts
+        B, D = g.batch, q.shape[-1]
+        q = self.split_heads(g, "q_heads", self.to_tokens(g, q, queries), heads, [0, 2, 1, 3])
+        v = self.split_heads(g, "v_heads", self.to_tokens(g, v, tokens), heads, [0, 2, 1, 3])
+        q = g.node("Mul", [q, g.scalar((D // heads) ** -0.5)], shape=q.shape, name="q_scaled")
+        logits = g.node("MatMul", [q, keys], shape=[B, heads, queries, tokens], name="logits")
+        weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
+        context = g.node("MatMul", [weights, v], shape=[B, heads, queries, D // heads], name="context")
+        merged = g.transpose(context, [0, 2, 1, 3], name="merge")
+        return self.to_rows(g, g.reshape(merged, [B, queries, D], name="merged"))
+
+    def class_attention(self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
+        """Return the CLS query's attention, mean over heads, [B, T]; q is the query [B, 1, D]."""
+        B, D = g.batch, q.shape[-1]
+        q = g.reshape(q, [B, heads, 1, D // heads], name="heads")
+        q = g.node("Mul", [q, g.scalar((D // heads) ** -0.5)], shape=q.shape, name="scaled")
+        logits = g.node("MatMul", [q, keys], shape=[B, heads, 1, tokens], name="logits")
+        weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
+        return g.reshape(g.reduce("ReduceMean", weights, 1, keepdims=False, name="mean"), [B, tokens], name="scores")

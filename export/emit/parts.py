@@ -1,0 +1,113 @@
+"""The parts of the backbone: embedding, block, head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from edgeprune.export.emit import selection
+from edgeprune.export.plan import Block, Embed, Head, Rows, fuses, rows_count
+
+if TYPE_CHECKING:
+    from edgeprune.export.emit.emitter import Emission
+
+
+def emit_embed(e: Emission, step: Embed) -> None:
+    """Patches, prefix tokens, position embeddings."""
+    g, config, weights = e.g, e.plan.config, e.g.weights
+    P = config.num_prefix_tokens
+    pos = weights["pos_embed"]
+    pos_prefix, pos_patches = (0.0, pos) if config.no_embed_class else (pos[:, :P], pos[:, P:])
+    with g.scope("patch_embed"):
+        proj = (weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"])
+        x = e.dialect.embed_patches(g, e.rows, *proj, config.grid)
+        x = g.node("Add", [x, g.constant("pos_embed.patches", pos_patches)], shape=x.shape, name="pos")
+        if P:
+            names = [name for name in ("cls_token", "dist_token", "reg_token") if name in weights]
+            prefix = np.concatenate([weights[name] for name in names], axis=1) + pos_prefix
+            x = g.concat([g.expand_batch(g.constant("prefix", prefix), e.rows, name="prefix"), x], 1, name="tokens")
+    e.tokens = step.tokens
+    e.rows = e.dialect.to_rows(g, x)
+
+
+def emit_block(e: Emission, step: Block) -> None:
+    """One transformer block; keys and values for all rows, the rest only for the rows the plan asks for."""
+    config, block = e.plan.config, f"blocks.{step.index}"
+    with e.g.scope(block):
+        normed = e.layer_norm("norm1", e.rows, f"{block}.norm1", config.norm_eps)
+        keys = e.dialect.keys(e.g, project(e, step, normed, "k"), e.tokens, config.num_heads)
+        values = project(e, step, normed, "v")
+        x, queries = e.rows, normed
+        if step.query_rows is Rows.HEAD:
+            x, queries = (first_rows(e, rows, config.num_head_tokens) for rows in (x, queries))
+        elif step.query_rows is Rows.KEPT:
+            x, queries = selection.emit_keep(e, step, [x, queries], normed, keys)
+        counts = (rows_count(config, step, step.query_rows), e.tokens)
+        q = project(e, step, queries, "q")
+        with e.g.scope("attn"):
+            context = e.dialect.attention(e.g, q, keys, values, counts, config.num_heads)
+        if step.projected_rows is Rows.KEPT and fuses(step.stage):
+            x, context = selection.emit_fuse_before_projection(e, step, x, context, normed, keys)
+        x = add(e, x, branch(e, "attn.proj", context, f"{block}.attn.proj", f"{block}.ls1.gamma"), "attn.residual")
+        if step.stage is not None and step.projected_rows is Rows.ALL:
+            x = selection.emit_mid_block(e, step, x, normed, keys)
+        e.tokens = step.tokens_out
+        h = e.layer_norm("norm2", x, f"{block}.norm2", config.norm_eps)
+        h = e.dialect.gelu(e.g, "mlp.gelu", e.linear("mlp.fc1", h, f"{block}.mlp.fc1"))
+        e.rows = add(e, x, branch(e, "mlp.fc2", h, f"{block}.mlp.fc2", f"{block}.ls2.gamma"), "mlp.residual")
+
+
+def emit_head(e: Emission, step: Head) -> None:
+    """Final norm, pooling, classifier; leaves the logits [B, classes] in `e.rows`."""
+    g, config = e.g, e.plan.config
+    norm = "fc_norm" if config.fc_norm else "norm"
+    pooled = [g.batch, config.embed_dim]
+    with g.scope("head"):
+        if config.global_pool == "avg":
+            rows = e.rows if config.fc_norm else e.layer_norm("norm", e.rows, norm, config.norm_eps)
+            patches = e.dialect.to_tokens(g, rows, e.tokens)
+            patches = g.slice(patches, 1, config.num_prefix_tokens, e.tokens, name="patches")
+            x = g.reduce("ReduceMean", patches, 1, keepdims=False, name="pool")
+            x = e.layer_norm("norm", x, norm, config.norm_eps) if config.fc_norm else x
+            e.rows = e.linear("logits", x, "head")
+            return
+        rows = e.rows if e.tokens == config.num_head_tokens else first_rows(e, e.rows, config.num_head_tokens)
+        x = e.dialect.to_tokens(g, e.layer_norm("norm", rows, norm, config.norm_eps), config.num_head_tokens)
+        cls = g.reshape(g.slice(x, 1, 0, 1, name="cls_row"), pooled, name="cls")
+        e.rows = e.linear("logits", cls, "head")
+        if config.distilled:
+            dist = g.reshape(g.slice(x, 1, 1, 2, name="dist_row"), pooled, name="dist")
+            total = add(e, e.rows, e.linear("logits_dist", dist, "head_dist"), "sum")
+            e.rows = g.node("Mul", [total, g.scalar(0.5)], shape=total.shape, name="mean")
+
+
+def project(e: Emission, step: Block, x: gs.Tensor, which: str) -> gs.Tensor:
+    """Return the query, key or value projection ("q", "k", "v") of normed rows."""
+    D, at = e.plan.config.embed_dim, "qkv".index(which)
+    part = (which, slice(at * D, (at + 1) * D))
+    return e.linear(f"attn.{which}", x, f"blocks.{step.index}.attn.qkv", part)
+
+
+def branch(e: Emission, name: str, x: gs.Tensor, key: str, gamma: str) -> gs.Tensor:
+    """Return the linear layer that ends a branch, the layer scale folded into it."""
+    weight, bias = branch_weights(e, key, gamma)
+    return e.dialect.linear(e.g, name, x, weight, bias, key)
+
+
+def branch_weights(e: Emission, key: str, gamma: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return weight and bias of the layer that ends a branch, scaled by the layer scale when there is one."""
+    weight, bias, scale = e.g.weights[f"{key}.weight"], e.g.weights[f"{key}.bias"], e.g.weights.get(gamma)
+    return (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)
+
+
+def first_rows(e: Emission, rows: gs.Tensor, count: int) -> gs.Tensor:
+    """Return the first rows of every image in the layout of the stream."""
+    tokens = e.dialect.to_tokens(e.g, rows, e.tokens)
+    return e.dialect.to_rows(e.g, e.g.slice(tokens, 1, 0, count, name="first_rows"))
+
+
+def add(e: Emission, a: gs.Tensor, b: gs.Tensor, name: str) -> gs.Tensor:
+    """Return a + b, equal shapes."""
+    return e.g.node("Add", [a, b], shape=a.shape, name=name)

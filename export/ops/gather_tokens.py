@@ -1,0 +1,44 @@
+"""GatherTokens: the prefix and the patch tokens at given positions.
+
+Inputs: tokens [B, P+N, D], indices [B, K] int32 into N.
+Outputs: [B, P+K, D].
+Attributes: num_prefix_tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION
+
+NAME = "GatherTokens"
+
+
+def output_shape(tokens: Sequence[int | str], indices: Sequence[int | str], num_prefix_tokens: int) -> list[int | str]:
+    """Return the shape of the output."""
+    return [tokens[0], num_prefix_tokens + int(indices[1]), tokens[2]]
+
+
+def body(opset: int) -> str:
+    """Return the op as an ONNX function in text form; opset at least 13."""
+    return f"""
+<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {DOMAIN_VERSION}]>
+{NAME} <num_prefix_tokens, plugin_namespace, plugin_version> (tokens, indices) => (kept)
+{{
+  one = Constant <value_ints = [1]> ()
+  zero = Constant <value_ints = [0]> ()
+  minus_one = Constant <value_ints = [-1]> ()
+  positions = Cast <to = 7> (indices)
+  prefix_value = Constant <value_int: int = @num_prefix_tokens> ()
+  patch_rows = Add (positions, prefix_value)
+  first = Slice (positions, zero, one, one)
+  zeros = Sub (first, first)
+  start = Constant <value_int = 0> ()
+  step = Constant <value_int = 1> ()
+  prefix_range = Range (start, prefix_value, step)
+  prefix_rows = Add (zeros, prefix_range)
+  rows = Concat <axis = 1> (prefix_rows, patch_rows)
+  rows_at = Unsqueeze (rows, minus_one)
+  kept = GatherND <batch_dims = 1> (tokens, rows_at)
+}}
+"""

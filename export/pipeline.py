@@ -1,0 +1,86 @@
+"""How a model is lowered, in order. Read this file and you know.
+
+1. `build_plan`: backbone and stages become typed steps with token counts resolved.
+2. `PLAN_PASSES` rewrite the steps (`--no-dead-rows` skips them).
+3. `emit_graph` writes the steps in the target's dialect; selections are `edgeprune` nodes.
+4. The target's graph passes lower those nodes and drop what is dead.
+5. `write_graph` streams the weights beside the graph.
+6. The target's lint rules look at the file as written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from edgeprune.errors import InternalError
+from edgeprune.export.emit.emitter import emit_graph
+from edgeprune.export.lint import LintContext, run_lint
+from edgeprune.export.passes.eliminate_dead_rows import eliminate_dead_rows
+from edgeprune.export.plan import Plan
+from edgeprune.export.targets.base import Target
+from edgeprune.export.writer import WeightStore, write_graph
+
+PLAN_PASSES = (eliminate_dead_rows,)
+
+
+def run_plan_passes(plan: Plan) -> Plan:
+    """Return the plan after every plan pass."""
+    for plan_pass in PLAN_PASSES:
+        plan = plan_pass(plan)
+    return plan
+
+
+def lower(
+    plan: Plan,
+    weights: Mapping[str, np.ndarray],
+    target: Target,
+    path: Path,
+    store: WeightStore,
+    *,
+    opset: int,
+    selection: str = "native",
+) -> onnx.ModelProto:
+    """Write the graph of a plan for a target and return it, weights as references.
+
+    Args:
+        plan: after its passes.
+        weights: state_dict as arrays.
+        target: dialect, passes and rules.
+        path: the .onnx file, beside the store's file.
+        store: shared by all graphs of a bundle.
+        opset: version of the standard operators.
+        selection: "native" standard operators or "plugin" nodes with bodies.
+
+    Raises:
+        BuildError: `lint` when the graph breaks a rule of the target.
+    """
+    if target.dialect is None:
+        raise InternalError(f"target {target.name} has no dialect", code="target")
+    graph = emit_graph(plan, target.dialect(), weights, name=path.stem, opset=opset)
+    return finish_graph(graph, plan, target, path, store, selection=selection, batch=plan.batch)
+
+
+def finish_graph(
+    graph: gs.Graph,
+    plan: Plan | None,
+    target: Target,
+    path: Path,
+    store: WeightStore,
+    *,
+    selection: str,
+    batch: tuple[int, int],
+) -> onnx.ModelProto:
+    """Apply the target's graph passes, write the graph and lint it; `plan` is None for a traced graph."""
+    assert target.passes is not None and target.rules is not None
+    G_LOGGER.severity = G_LOGGER.ERROR
+    for graph_pass in target.passes(selection, batch):
+        graph = graph_pass(graph)
+    model = write_graph(graph, path, store)
+    run_lint(LintContext(model, plan, target.domains), target.rules(), target.name)
+    return model

@@ -1,0 +1,57 @@
+"""What a target is: a dialect, graph passes, lint rules and what the machine must have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+    from edgeprune.export.emit.dialects.plain import PlainDialect
+    from edgeprune.export.lint import Rule
+
+GraphPass = Callable[["gs.Graph"], "gs.Graph"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of `edgeprune targets`. Nothing heavy is imported until a graph is made.
+
+    Attributes:
+        backend: what runs the graph.
+        opset: default version of the standard operators.
+        opsets: versions `--opset` may ask for.
+        packages: what running it needs, each (import name, extra).
+        domains: operator domains the backend knows besides the standard one.
+        selections: forms of the selection it takes, the default first.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    summary: str
+    opset: int
+    opsets: tuple[int, ...]
+    domains: tuple[str, ...]
+    packages: tuple[tuple[str, str], ...]
+    selections: tuple[str, ...] = ("native", "plugin")
+    dialect: Callable[[], PlainDialect] | None = None
+    passes: Callable[[str, tuple[int, int]], tuple[GraphPass, ...]] | None = None
+    rules: Callable[[], tuple[Rule, ...]] | None = None
+
+    @property
+    def built(self) -> bool:
+        """Whether this version of edgeprune can lower to the target."""
+        return self.dialect is not None
+
+    def why_unavailable(self) -> str | None:
+        """Return why the target cannot be used here, None when it can."""
+        if not self.built:
+            return "not in this version of edgeprune"
+        for package, extra in self.packages:
+            if find_spec(package) is None:
+                return f"package '{package}' is missing: pip install 'edgeprune[{extra}]'"
+        return None

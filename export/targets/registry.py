@@ -1,0 +1,53 @@
+"""The targets by name: the table behind `edgeprune targets`. A new target is a file and a line here."""
+
+from __future__ import annotations
+
+import difflib
+
+from edgeprune.errors import EnvironmentLackError, InputError
+from edgeprune.export.targets import onnx, ort_cpu
+from edgeprune.export.targets.base import Target
+
+
+def _planned(name: str, backend: str, precision: str) -> Target:
+    """A target the design names and this version does not lower to."""
+    return Target(name, backend, precision, "planned", opset=0, opsets=(), domains=(), packages=())
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        onnx.TARGET,
+        ort_cpu.TARGET,
+        _planned("ort-cpu-int8", "ONNX Runtime, CPU provider", "int8"),
+        _planned("ort-cuda-fp16", "ONNX Runtime, CUDA provider", "fp16"),
+        *(_planned(f"trt-{precision}", "TensorRT", precision) for precision in ("fp32", "fp16", "bf16", "int8", "fp8")),
+    )
+}
+
+
+def get_target(name: str) -> Target:
+    """Return a target that can be used here.
+
+    Raises:
+        InputError: `target-unknown` for a name that is not listed.
+        EnvironmentLackError: `target-unavailable` with the reason.
+    """
+    if name not in TARGETS:
+        close = difflib.get_close_matches(name, TARGETS, n=2, cutoff=0.4)
+        raise InputError(
+            f"unknown target '{name}'",
+            code="target-unknown",
+            expected=f"one of {', '.join(t.name for t in TARGETS.values() if t.built)}",
+            hint=f"did you mean {' or '.join(close)}?" if close else "run `edgeprune targets`",
+        )
+    target = TARGETS[name]
+    reason = target.why_unavailable()
+    if reason:
+        raise EnvironmentLackError(
+            f"target '{name}' is not available here: {reason}",
+            code="target-unavailable",
+            expected=f"one of {', '.join(t.name for t in TARGETS.values() if t.why_unavailable() is None) or 'none'}",
+            hint="run `edgeprune targets`",
+        )
+    return target

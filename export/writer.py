@@ -1,0 +1,78 @@
+"""From the graph in memory to files: weights streamed into one data file that several graphs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper, numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from edgeprune.errors import InternalError
+from edgeprune.export.ops import functions
+
+INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference can read them
+ALIGNMENT = 4096  # page size, so that a runtime can map tensors straight from the file
+IR_VERSION = 10
+
+
+class WeightStore:
+    """One external data file, written tensor by tensor; equal names are stored once.
+
+    Args:
+        path: the data file; graphs that use it stand beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._entries: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+
+    def __enter__(self) -> WeightStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+
+    def put(self, name: str, values: np.ndarray) -> TensorProto:
+        """Write a tensor unless its name is known and return the reference to it."""
+        if name not in self._entries:
+            self._file.seek(-self._file.tell() % ALIGNMENT, 1)
+            offset = self._file.tell()
+            self._file.write(memoryview(np.ascontiguousarray(values)).cast("B"))
+            self._entries[name] = (offset, values.nbytes, values.shape)
+        offset, length, shape = self._entries[name]
+        if shape != values.shape:
+            raise InternalError(f"two tensors named {name}: {shape} and {values.shape}", code="weight-name")
+        tensor = TensorProto(
+            name=name,
+            data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
+            dims=values.shape,
+            data_location=TensorProto.EXTERNAL,
+        )
+        for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+
+def write_graph(graph: gs.Graph, path: Path, store: WeightStore) -> onnx.ModelProto:
+    """Write a graph and stream its large tensors into the store; the graph refers to them afterwards.
+
+    Returns:
+        the model as written, weights as references.
+    """
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and not isinstance(tensor._values, LazyValues):
+            values = tensor.values
+            small = values.nbytes < INLINE_BYTES
+            tensor._values = LazyValues(
+                numpy_helper.from_array(values, tensor.name) if small else store.put(tensor.name, values)
+            )
+    bodies = {node.op: functions.function_of(node, graph.opset) for node in graph.nodes if functions.is_edgeprune(node)}
+    model = gs.export_onnx(graph, ir_version=IR_VERSION)
+    model.functions.extend(bodies.values())
+    path.write_bytes(model.SerializeToString())
+    return model
