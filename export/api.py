@@ -164,10 +164,10 @@ def load_torch_model(request: ExportRequest) -> PrunedViT:
     Raises:
         InputError: when the request or the checkpoint does not fit.
     """
-    return _load(resolve(request))[0]
+    return load_reference(resolve(request))[0]
 
 
-def _load(resolved: Resolved) -> tuple[PrunedViT, dict[str, Any], list[str]]:
+def load_reference(resolved: Resolved) -> tuple[PrunedViT, dict[str, Any], list[str]]:
     """Return the model, the manifest's `weights` field and warnings."""
     import torch
 
@@ -177,7 +177,9 @@ def _load(resolved: Resolved) -> tuple[PrunedViT, dict[str, Any], list[str]]:
     request = resolved.request
     if (request.checkpoint is None) == (not request.random_weights):
         raise InputError(
-            "no weights were given" if request.checkpoint is None else "a checkpoint and random weights were both asked for",
+            "no weights were given"
+            if request.checkpoint is None
+            else "a checkpoint and random weights were both asked for",
             code="weights",
             expected="exactly one of --checkpoint and --random-weights",
             hint="--random-weights makes a bundle for latency studies, which is recorded in it",
@@ -194,7 +196,12 @@ def _load(resolved: Resolved) -> tuple[PrunedViT, dict[str, Any], list[str]]:
     ignore = [prefix for method in methods for pair in method.key_prefixes.items() for prefix in pair]
     report = load_into(model, checkpoint, key_prefixes=resolved.method.key_prefixes, ignore_prefixes=ignore)
     warnings = [f"{checkpoint.file}: {what}" for what in report.resized]
-    weights = {"source": "checkpoint", "file": checkpoint.file, "sha256": checkpoint.sha256, "ema": request.ema}
+    weights = {
+        "source": "checkpoint",
+        "file": checkpoint.file,
+        "sha256": checkpoint.sha256,
+        "ema": request.ema,
+    }
     return model.eval(), weights, warnings
 
 
@@ -208,6 +215,8 @@ def randomize(model: nn.Module, seed: int) -> None:
             if parameter.ndim > 1:
                 fan_in = parameter[0].numel() if name.endswith("weight") else parameter.shape[-1]
                 parameter.normal_(0, fan_in**-0.5, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
 
 
 def make_plan(resolved: Resolved, stages: tuple[Stage, ...], *, token_outputs: bool = False) -> Plan:
@@ -266,6 +275,7 @@ def stage_infos(stages: tuple[Stage, ...]) -> list[dict[str, Any]]:
     """Return the manifest's `stages` field."""
     return [
         {
+            "index": stage.index,
             "block": stage.block,
             "where": stage.where.value,
             "tokens_in": stage.counts.tokens_in,
@@ -305,12 +315,17 @@ def export_model(request: ExportRequest, out: Path | str, *, progress: Progress 
 
     with BundleWriter(Path(out), overwrite=request.overwrite) as writer:
         report("loading weights", 0.05)
-        model, weights, warnings = _load(resolved)
+        model, weights, warnings = load_reference(resolved)
         return write_bundle(resolved, model, weights, warnings, writer, report)
 
 
 def write_bundle(
-    resolved: Resolved, model: PrunedViT, weights: dict[str, Any], warnings: list[str], writer: Any, report: Progress
+    resolved: Resolved,
+    model: PrunedViT,
+    weights: dict[str, Any],
+    warnings: list[str],
+    writer: Any,
+    report: Progress,
 ) -> Bundle:
     """Lower, verify and finish a bundle inside an open writer."""
     from edgeprune.export.emit.weights import weight_arrays

@@ -102,7 +102,11 @@ class Plan:
 
 
 def build_plan(
-    config: ViTConfig, stages: Sequence[Stage], *, batch: tuple[int, int] = (1, 1), token_outputs: bool = False
+    config: ViTConfig,
+    stages: Sequence[Stage],
+    *,
+    batch: tuple[int, int] = (1, 1),
+    token_outputs: bool = False,
 ) -> Plan:
     """Return the plan of a pruned model before any pass: every row is computed.
 

@@ -53,8 +53,7 @@ class PrunedViT(VisionTransformer):
 
     def scorer_module(self, stage: Stage) -> nn.Module | None:
         """Return the module that holds a stage's weights, or None when it has none."""
-        key = str(stage.index)
-        return self.prune[key] if key in self.prune else None
+        return dict(self.prune.items()).get(str(stage.index))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of normalised images [B, C, H, W]."""

@@ -82,4 +82,3 @@ def emit_graph(
     logits.name = "logits"
     outputs = [logits, *(selection.token_outputs(e) if plan.token_outputs else [])]
     return g.graph([images], outputs)
-

@@ -105,8 +105,18 @@ def emit_fuse_before_projection(
         _, bias = branch_weights(e, f"{block}.attn.proj", f"{block}.ls1.gamma")
         excess = g.node("Sub", [total, g.scalar(1.0)], shape=total.shape, name="excess")
         shape = [g.batch, 1, len(bias)]
-        correction = g.node("Mul", [excess, g.constant(f"{block}.attn.proj.bias.effective", bias)], shape=shape, name="correction")
-        x_fused = g.node("Add", [weighted_sum(e, weights, x_tokens, "x_fused"), correction], shape=shape, name="x_fused_row")
+        correction = g.node(
+            "Mul",
+            [excess, g.constant(f"{block}.attn.proj.bias.effective", bias)],
+            shape=shape,
+            name="correction",
+        )
+        x_fused = g.node(
+            "Add",
+            [weighted_sum(e, weights, x_tokens, "x_fused"), correction],
+            shape=shape,
+            name="x_fused_row",
+        )
         o_fused = weighted_sum(e, weights, o_tokens, "o_fused")
         kept = (
             g.concat([chosen.kept, x_fused], 1, name="x_rows"),
@@ -211,7 +221,9 @@ def emit_predictor(e: Emission, stage: Stage, seen: Seen) -> gs.Tensor:
     local = e.dialect.gelu(g, "local.gelu", linear("local", h, "in_conv.1.local", w1[:half], b1[:half]))
     shared = e.dialect.gelu(g, "global.gelu", linear("global", h, "in_conv.1.global", w1[half:], b1[half:]))
     mean_row = np.concatenate([np.zeros((1, 1, P)), np.full((1, 1, N), 1 / N)], axis=2).astype(np.float32)
-    mean = weighted_sum(e, g.constant(f"const.mean_{P}_{N}", mean_row), e.dialect.to_tokens(g, shared, T), "global.mean")
+    mean = weighted_sum(
+        e, g.constant(f"const.mean_{P}_{N}", mean_row), e.dialect.to_tokens(g, shared, T), "global.mean"
+    )
     w2, b2 = weights[f"{key}.out_conv.0.weight"], weights[f"{key}.out_conv.0.bias"]
     mean = g.reshape(mean, [g.batch, half], name="global.row")
     mean = linear("fc1_global", mean, "out_conv.0.global", w2[:, half:], b2)
@@ -239,7 +251,9 @@ def record(e: Emission, chosen: Chosen) -> None:
         indices = np.array([chosen.stage.selector.indices], np.int64)
         positions = g.expand_batch(g.unnamed_constant("positions", indices), chosen.kept, name="positions_batch")
     else:
-        positions = g.node("Cast", [chosen.indices], shape=[g.batch, counts.kept], name="positions", dtype=np.int64, to=7)
+        positions = g.node(
+            "Cast", [chosen.indices], shape=[g.batch, counts.kept], name="positions", dtype=np.int64, to=7
+        )
     if e.ids is None:
         ids = positions
     else:
@@ -263,5 +277,7 @@ def token_outputs(e: Emission) -> list[gs.Variable]:
     if outputs:
         counts = np.array([[stage.counts.kept for stage in e.plan.stages]], np.int32)
         expanded = g.expand_batch(g.constant("const.kept_counts", counts), e.rows, name="kept_counts_batch")
-        outputs.append(g.node("Identity", [expanded], shape=[g.batch, counts.shape[1]], name="kept_counts", dtype=np.int32))
+        outputs.append(
+            g.node("Identity", [expanded], shape=[g.batch, counts.shape[1]], name="kept_counts", dtype=np.int32)
+        )
     return outputs

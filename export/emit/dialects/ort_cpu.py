@@ -60,7 +60,13 @@ class OrtCpuDialect(PlainDialect):
         return self.to_tokens(g, k, tokens)
 
     def attention(
-        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, v: gs.Tensor, counts: tuple[int, int], heads: int
+        self,
+        g: GraphBuilder,
+        q: gs.Tensor,
+        keys: gs.Tensor,
+        v: gs.Tensor,
+        counts: tuple[int, int],
+        heads: int,
     ) -> gs.Tensor:
         """Return ONNX Runtime's fused attention."""
         queries, tokens = counts

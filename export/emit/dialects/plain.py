@@ -1,4 +1,7 @@
-"""Standard operators only, as every engine and quantizer reads them: MatMul and Add on [B, T, D], decomposed attention."""
+"""Standard operators only, as every engine and quantizer reads them.
+
+MatMul and Add on [B, T, D], attention as two products and a softmax.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from edgeprune.export.emit.builder import GraphBuilder
 class PlainDialect:
     """The portable form, and the base other dialects override piece by piece.
 
-    The residual stream ("rows") is [B, T, D] here; a dialect may hold it as [B*T, D]. `to_tokens` and `to_rows` convert.
+    The residual stream ("rows") is [B, T, D] here; a dialect may hold it as [B*T, D]. `to_tokens` and `to_rows`
+    convert.
     """
 
     def to_tokens(self, g: GraphBuilder, rows: gs.Tensor, tokens: int) -> gs.Tensor:
@@ -31,6 +35,8 @@ class PlainDialect:
         """Return x W^T + b in the layout of x.
 
         Args:
+            g: the graph that grows.
+            name: of the node.
             x: [..., in].
             weight: [out, in] as torch stores it.
             bias: [out] or None.
@@ -43,7 +49,14 @@ class PlainDialect:
         return g.node("Add", [y, g.constant(f"{key}.bias", bias)], shape=shape, name=f"{name}.add_bias")
 
     def layer_norm(
-        self, g: GraphBuilder, name: str, x: gs.Tensor, weight: np.ndarray, bias: np.ndarray, eps: float, key: str
+        self,
+        g: GraphBuilder,
+        name: str,
+        x: gs.Tensor,
+        weight: np.ndarray,
+        bias: np.ndarray,
+        eps: float,
+        key: str,
     ) -> gs.Tensor:
         """Return LayerNorm over the last axis."""
         inputs = [x, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
@@ -81,7 +94,13 @@ class PlainDialect:
         return self.split_heads(g, "k_heads", self.to_tokens(g, k, tokens), heads, [0, 2, 3, 1])
 
     def attention(
-        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, v: gs.Tensor, counts: tuple[int, int], heads: int
+        self,
+        g: GraphBuilder,
+        q: gs.Tensor,
+        keys: gs.Tensor,
+        v: gs.Tensor,
+        counts: tuple[int, int],
+        heads: int,
     ) -> gs.Tensor:
         """Return softmax(q k^T / sqrt(d)) v in the layout of rows; counts are (queries, keys)."""
         queries, tokens = counts
