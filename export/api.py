@@ -2,160 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import BuildError, InputError
+from edgeprune.export.request import ExportRequest, Resolved, resolve
 from edgeprune.models.config import ViTConfig
-from edgeprune.models.registry import get_model_config
-from edgeprune.pruning import METHODS, get_method
-from edgeprune.pruning.base import Method, Reducer, Stage, StageRequest
-from edgeprune.pruning.counts import check_keep_rate
+from edgeprune.pruning import METHODS
+from edgeprune.pruning.base import Reducer, Stage
 from edgeprune.pruning.random import NoScorer, constant_selector
 
 if TYPE_CHECKING:
     from torch import nn
 
     from edgeprune.export.plan import Plan
-    from edgeprune.export.targets.base import Target
     from edgeprune.models.checkpoint import Checkpoint
     from edgeprune.pruning.model import PrunedViT
-    from edgeprune.runtime.bundle import Bundle
+    from edgeprune.runtime.bundle import Bundle, BundleWriter
+    from edgeprune.runtime.manifest import ParityInfo
 
+VERIFY_IMAGES = 4
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """Everything `edgeprune export` can be told.
-
-    Attributes:
-        stages: "3,6,9", or "3:0.7,6:0.5,9:0.35" with a keep rate for each; None for the method's own places.
-        checkpoint: path or `hf-hub:owner/name`; or `random_weights` with `seed`.
-        batch: smallest and largest batch; equal for a fixed one.
-        token_outputs: also return what each stage kept.
-        dead_rows: do not compute rows nobody reads.
-        selection: "native" or "plugin".
-        verify: compare with PyTorch on fresh inputs before the bundle is finished.
-    """
-
-    model: str
-    method: str = "dense"
-    keep_rate: float = 1.0
-    stages: str | None = None
-    method_options: Mapping[str, str] = field(default_factory=dict)
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    target: str = "ort-cpu"
-    checkpoint: str | None = None
-    ema: bool = False
-    random_weights: bool = False
-    seed: int = 0
-    image_size: tuple[int, int] | None = None
-    patch_size: int | None = None
-    num_classes: int | None = None
-    batch: tuple[int, int] = (1, 1)
-    token_outputs: bool = False
-    dead_rows: bool = True
-    selection: str = "native"
-    opset: int | None = None
-    labels: list[str] | None = None
-    verify: bool = True
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A request with every name looked up and every count computed; no weights yet."""
-
-    request: ExportRequest
-    config: ViTConfig
-    method: Method
-    options: dict[str, Any]
-    stages: tuple[Stage, ...]
-    target: Target
-    opset: int
-
-
-def resolve(request: ExportRequest) -> Resolved:
-    """Look up and check everything that can be checked without weights.
-
-    Raises:
-        InputError: with the code of whatever is wrong.
-        EnvironmentLackError: `target-unavailable`.
-    """
-    from edgeprune.export.targets.registry import get_target
-
-    method = get_method(request.method)
-    config = resolve_config(request)
-    target = get_target(request.target)
-    check_batch(request.batch)
-    if request.selection not in target.selections:
-        raise InputError(
-            f"target '{target.name}' has no selection form '{request.selection}'",
-            code="selection",
-            expected=" or ".join(target.selections),
-        )
-    opset = request.opset or target.opset
-    if opset not in target.opsets:
-        raise InputError(
-            f"target '{target.name}' does not write opset {opset}",
-            code="opset",
-            expected=f"one of {', '.join(map(str, target.opsets))}",
-        )
-    if request.labels is not None and len(request.labels) != config.num_classes:
-        raise InputError(
-            f"{len(request.labels)} labels for {config.num_classes} classes",
-            code="labels",
-            expected="one label per class",
-            hint="check the labels file and --num-classes",
-        )
-    options = method.parse_options(request.method_options)
-    stages = method.stages(config, parse_stages(request.stages, request.keep_rate), options)
-    return Resolved(request, config, method, options, stages, target, opset)
-
-
-def resolve_config(request: ExportRequest) -> ViTConfig:
-    """Return the architecture a request asks for."""
-    patch = None if request.patch_size is None else (request.patch_size, request.patch_size)
-    fields = {"image_size": request.image_size, "patch_size": patch, "num_classes": request.num_classes}
-    return get_model_config(request.model, **fields, **dict(request.model_options))
-
-
-def check_batch(batch: tuple[int, int]) -> None:
-    """Raise InputError `batch` unless 1 <= smallest <= largest."""
-    if not 1 <= batch[0] <= batch[1]:
-        raise InputError(
-            f"batch {batch[0]}:{batch[1]} is empty",
-            code="batch",
-            expected="a fixed size like 1 or a range like 1:8, at least 1",
-        )
-
-
-def parse_stages(text: str | None, keep_rate: float) -> StageRequest:
-    """Return where to prune: None, "3,6,9" or "3:0.7,6:0.5,9:0.35".
-
-    Raises:
-        InputError: `stages` when the text is neither, `keep-rate` when a rate is out of range.
-    """
-    check_keep_rate(keep_rate)
-    if text is None:
-        return StageRequest(keep_rate)
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        blocks = tuple(int(pair[0]) for pair in pairs)
-        rates = tuple(float(pair[1]) for pair in pairs if len(pair) == 2)
-        if any(len(pair) > 2 for pair in pairs) or len(rates) not in (0, len(blocks)):
-            raise ValueError
-    except ValueError:
-        raise InputError(
-            f"--stages {text} cannot be read",
-            code="stages",
-            expected="block indices, all with a keep rate or none",
-            hint="for example --stages 3,6,9 or --stages 3:0.7,6:0.5,9:0.35",
-        ) from None
-    return StageRequest(keep_rate, blocks, rates or None)
 
 
 def load_torch_model(request: ExportRequest) -> PrunedViT:
@@ -308,7 +177,7 @@ def export_model(request: ExportRequest, out: Path | str, *, progress: Progress 
         EnvironmentLackError: when a package is missing or the disk is full.
         BuildError: `lint`, or `parity` when the graph does not agree with PyTorch.
     """
-    report: Progress = progress or (lambda text, share: None)
+    report = progress or silent
     report("checking the request", 0.0)
     resolved = resolve(request)
     from edgeprune.runtime.bundle import BundleWriter
@@ -319,12 +188,16 @@ def export_model(request: ExportRequest, out: Path | str, *, progress: Progress 
         return write_bundle(resolved, model, weights, warnings, writer, report)
 
 
+def silent(step: str, share: float) -> None:
+    """Report no progress."""
+
+
 def write_bundle(
     resolved: Resolved,
     model: PrunedViT,
     weights: dict[str, Any],
     warnings: list[str],
-    writer: Any,
+    writer: BundleWriter,
     report: Progress,
 ) -> Bundle:
     """Lower, verify and finish a bundle inside an open writer."""
@@ -344,7 +217,8 @@ def write_bundle(
     parity = None
     if request.verify:
         report("comparing with PyTorch", 0.65)
-        parity = verify_graph(writer.path / "model.onnx", model, request, resolved.target.precision)
+        shape = (resolved.config.in_chans, *resolved.config.image_size)
+        parity = verify_graph(writer.path / "model.onnx", model, shape, request.batch, resolved.target.precision)
     report("hashing and moving into place", 0.95)
     config = resolved.config
     fields = {
@@ -402,21 +276,31 @@ def graph_info(model: Any, file: str) -> dict[str, Any]:
     return {"file": file, "inputs": tensors(model.graph.input), "outputs": tensors(model.graph.output)}
 
 
-def verify_graph(path: Path, model: PrunedViT, request: ExportRequest, precision: str) -> Any:
-    """Return the parity of a written graph.
+def verify_graph(
+    path: Path, model: nn.Module, shape: tuple[int, ...], batch: tuple[int, int], precision: str
+) -> ParityInfo:
+    """Return the parity of a written graph on inputs that nothing was traced with.
+
+    Args:
+        path: the graph.
+        model: the reference in eval mode.
+        shape: (C, H, W) of an input.
+        batch: smallest and largest batch.
+        precision: chooses the limits.
 
     Raises:
-        BuildError: `parity` when it is outside the tolerance.
+        BuildError: `parity` when the graph is outside the limits.
     """
-    from edgeprune.checks.compare import compare, passes
+    from edgeprune.checks.compare import compare, failures
     from edgeprune.runtime.ort import OrtBackend
 
-    parity = compare(OrtBackend(path, spinning=False).run, model, batch=request.batch[1], precision=precision, images=4)
-    if not passes(parity):
+    run = OrtBackend(path, spinning=False).run
+    parity = compare(run, model, batch=batch, precision=precision, images=VERIFY_IMAGES, shape=shape)
+    if found := failures(parity, precision):
         raise BuildError(
-            f"the graph differs from PyTorch: largest relative error {parity.max_rel_error:.2e} of the logits",
+            f"the graph differs from PyTorch: {'; '.join(found)}",
             code="parity",
-            expected=f"at most {parity.tolerance:.0e} on inputs that were not used to make the graph",
+            expected="agreement on inputs that were not used to make the graph",
             hint="please report this with the command; --no-verify writes the bundle all the same",
             details=parity.model_dump(),
         )

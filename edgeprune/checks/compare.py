@@ -88,7 +88,8 @@ def compare(
     """
     limits = limits_of(precision)
     if shape is None:
-        shape = (model.config.in_chans, *model.config.image_size)
+        config: Any = model.config
+        shape = (config.in_chans, *config.image_size)
     inputs, reference = _draw_decided(model, shape, images, seed, limits.tie)
     sizes = (batch, batch) if isinstance(batch, int) else batch
     outputs = [_run_padded(run, group, sizes[0]) for group in _groups(inputs, sizes)]

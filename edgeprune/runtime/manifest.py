@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(gt=0)]
+Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Model(BaseModel):
@@ -38,8 +40,9 @@ class WeightsInfo(_Model):
 
 
 class StageInfo(_Model):
-    """One stage: counts exclude the prefix."""
+    """One stage: counts exclude the prefix. `index` is its place in the method's list, stages that keep all counted."""
 
+    index: int
     block: int
     where: str
     tokens_in: int
@@ -59,8 +62,8 @@ class MethodInfo(_Model):
 class Macs(_Model):
     """Multiply-accumulates of one image.
 
-    `dense` and `pruned` are what the literature counts; `*_executed` is what the graph computes once rows nobody
-    reads are gone.
+    `dense` and `pruned` are what the literature counts; `*_executed` is what the graph computes once rows
+    nobody reads are gone.
     """
 
     dense: int
@@ -88,10 +91,10 @@ class GraphInfo(_Model):
 class PreprocessInfo(_Model):
     """How an image becomes an input; see `edgeprune.data.preprocess`."""
 
-    image_size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    crop_pct: float
+    image_size: tuple[Size, Size]
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+    std: tuple[Deviation, Deviation, Deviation]
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)]
     interpolation: str
 
 

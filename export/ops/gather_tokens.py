@@ -9,9 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION
+from onnx.defs import OpSchema
+
+from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, plugin_attributes
 
 NAME = "GatherTokens"
+
+
+def schema() -> OpSchema:
+    """Return the signature of the op."""
+    Parameter = OpSchema.FormalParameter
+    return OpSchema(
+        NAME,
+        DOMAIN,
+        DOMAIN_VERSION,
+        doc="The prefix and the patch tokens at given positions.",
+        inputs=[Parameter("tokens", "T"), Parameter("indices", "tensor(int32)")],
+        outputs=[Parameter("kept", "T")],
+        type_constraints=[("T", FLOATS, "tokens")],
+        attributes=[
+            OpSchema.Attribute("num_prefix_tokens", OpSchema.AttrType.INT, required=True),
+            *plugin_attributes(),
+        ],
+    )
 
 
 def output_shape(tokens: Sequence[int | str], indices: Sequence[int | str], num_prefix_tokens: int) -> list[int | str]:

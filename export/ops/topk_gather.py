@@ -10,9 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION
+from onnx.defs import OpSchema
+
+from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, plugin_attributes
 
 NAME = "TopKGather"
+
+
+def schema() -> OpSchema:
+    """Return the signature of the op."""
+    Attribute, Parameter, Kind = OpSchema.Attribute, OpSchema.FormalParameter, OpSchema.AttrType
+    return OpSchema(
+        NAME,
+        DOMAIN,
+        DOMAIN_VERSION,
+        doc="Keep the prefix and the k best patch tokens.",
+        inputs=[Parameter("scores", "tensor(float)"), Parameter("tokens", "T")],
+        outputs=[Parameter("kept", "T"), Parameter("indices", "tensor(int32)"), Parameter("count", "tensor(int32)")],
+        type_constraints=[("T", FLOATS, "tokens")],
+        attributes=[
+            Attribute("k", Kind.INT, required=True),
+            Attribute("num_prefix_tokens", Kind.INT, required=True),
+            *(Attribute(name, Kind.INT, required=True) for name in ("order", "mode")),
+            Attribute("threshold", Kind.FLOAT, required=True),
+            *plugin_attributes(),
+        ],
+    )
 
 
 def output_shapes(

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from edgeprune.errors import InternalError
-from edgeprune.export.ops import functions
+from edgeprune.export.ops import functions, gather_tokens, topk_gather
 
 
 def inline_bodies(graph: gs.Graph) -> gs.Graph:
@@ -34,7 +34,7 @@ def attach_bodies(graph: gs.Graph) -> gs.Graph:
 
 
 def flatten_selection(graph: gs.Graph) -> gs.Graph:
-    """Replace every `edgeprune` node by TopK and a Gather of whole rows.
+    """Replace every `edgeprune` node by TopK and a Gather of whole rows; variants of the op get their body.
 
     The rows of a batch are addressed in the flattened [B*T, D] tensor, so one Gather serves any fixed batch. Scores of
     emitted scorers are NaN only when the logits are, so NaN is not treated apart here.
@@ -44,17 +44,17 @@ def flatten_selection(graph: gs.Graph) -> gs.Graph:
     for node in list(graph.nodes):
         if not functions.is_edgeprune(node):
             nodes.append(node)
-        elif node.op == "TopKGather":
+        elif node.op == topk_gather.NAME and node.attrs["mode"] == 0 and node.attrs["order"] == 0:
             nodes.extend(_flat_topk_gather(node, rows_of))
-        else:
+        elif node.op == gather_tokens.NAME and node.inputs[1].name in rows_of:
             nodes.extend(_flat_gather_tokens(node, rows_of))
+        else:
+            nodes.extend(functions.inline(node, graph.opset))
     graph.nodes = nodes
     return graph
 
 
 def _flat_topk_gather(node: gs.Node, rows_of: dict[str, gs.Tensor]) -> list[gs.Node]:
-    if node.attrs["mode"] != 0 or node.attrs["order"] != 0:
-        raise InternalError("flatten_selection lowers top-k by rank only", code="no-lowering")
     scores, tokens = node.inputs
     kept, indices, count = node.outputs
     B, T, _ = tokens.shape

@@ -1,0 +1,416 @@
+"""Bundles on disk: a directory with manifest.json, checked whole before use and written all or nothing.
+
+Files the manifest does not list are ignored, and no graph may refer to one. No torch, no onnx.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import posixpath
+import secrets
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import TracebackType
+from typing import Any
+
+from pydantic import ValidationError
+
+from edgeprune.errors import EdgepruneError, EnvironmentLackError, InputError, InternalError
+from edgeprune.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileInfo, Manifest
+from edgeprune.runtime.onnx_files import find_external_locations
+from edgeprune.version import __version__
+
+TOOL = "edgeprune"
+_MAX_MANIFEST_BYTES = 16 << 20
+_STALE_SECONDS = 24 * 3600.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENOTEMPTY, errno.ENAMETOOLONG)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was checked.
+
+    Attributes:
+        path: its directory.
+        manifest: what it holds.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    def graph_path(self, name: str) -> Path:
+        """Return the file of graph "model", "dense" or "random".
+
+        Raises:
+            InputError: `graph-missing` when the bundle has no such graph.
+        """
+        if name not in self.manifest.graphs:
+            raise InputError(
+                f"{self.path} has no graph '{name}'",
+                code="graph-missing",
+                expected=f"one of {', '.join(sorted(self.manifest.graphs))}",
+                hint="a dense bundle has no baselines; export with --method to get them",
+                details={"graph": name, "graphs": sorted(self.manifest.graphs)},
+            )
+        return self.path / self.manifest.graphs[name].file
+
+
+def load_bundle(path: Path | str, *, check_hashes: bool = True) -> Bundle:
+    """Return the bundle in a directory, or refuse it.
+
+    Args:
+        path: the directory `edgeprune export` wrote.
+        check_hashes: also read every file and compare its sha256; else only names and sizes are checked.
+
+    Raises:
+        InputError: `bundle-not-found` (no directory, no manifest), `bundle-invalid` (unreadable, foreign or
+            contradictory manifest), `bundle-version` (schema this release does not know), `bundle-path` (a
+            file outside the directory), `bundle-tampered` (a file is missing, changed or not listed),
+            `graph-invalid` (a graph that is no ONNX file).
+    """
+    path = Path(path)
+    manifest = _parse(_read_manifest(path), str(path / MANIFEST_NAME))
+    for name, info in manifest.files.items():
+        _check_file(path, name, info, check_hashes)
+    for graph in manifest.graphs.values():
+        _check_external(path, graph.file, manifest.files)
+    return Bundle(path, manifest)
+
+
+def hash_file(path: Path) -> FileInfo:
+    """Return size and sha256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileInfo(sha256=digest.hexdigest(), bytes=size)
+
+
+class BundleWriter:
+    """Writes a bundle beside its place and moves it there at the end; any other way out leaves nothing.
+
+    Put files into `.path` inside the `with` block, then call `finish`. A run that is killed outright leaves a
+    hidden directory, which the first run a day later removes.
+
+    Args:
+        out: the directory to make.
+        overwrite: replace `out` when it is a bundle of ours or empty.
+    """
+
+    def __init__(self, out: Path | str, *, overwrite: bool = False) -> None:
+        self.out = Path(out)
+        self.overwrite = overwrite
+        self.path = self.out  # the temporary directory once entered
+        self._created: list[Path] = []  # parents made by us, innermost first
+        self._aside: Path | None = None  # the bundle that is being replaced
+        self._finished = False
+
+    def __enter__(self) -> BundleWriter:
+        """Make the temporary directory.
+
+        Raises:
+            InputError: `output-exists`, `output-not-a-bundle`, `output-not-writable`.
+            EnvironmentLackError: `disk-full`.
+        """
+        try:
+            self.out = self.out.resolve()  # an overwritten link keeps pointing at the bundle
+            self._check_out()
+            self._remove_stale()
+            self._created = [p for p in self.out.parents if not p.exists()]
+            self.path = self._beside("tmp")
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+            self._remove()
+            raise self._explain(error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._finished:
+            return
+        self._remove()
+        if isinstance(error, OSError) and self._concerns_us(error):
+            raise self._explain(error) from error
+
+    def finish(self, manifest_fields: dict[str, Any]) -> Bundle:
+        """Hash the files, write the manifest, move the bundle into place and return it.
+
+        Args:
+            manifest_fields: the fields of `Manifest`; `files` is filled in, and `tool_version` and `created`
+                where they are absent.
+
+        Raises:
+            InputError: `output-exists` when another run made `out` in the meantime.
+            InternalError: `manifest-invalid` when the fields make no manifest that could be loaded again.
+        """
+        names = sorted(
+            p.relative_to(self.path).as_posix()
+            for p in self.path.rglob("*")
+            if p.is_file() and p != self.path / MANIFEST_NAME
+        )
+        fields = {
+            "tool_version": __version__,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **manifest_fields,
+            "files": {name: hash_file(self.path / name) for name in names},
+        }
+        try:
+            text = Manifest.model_validate(fields).model_dump_json(indent=2) + "\n"
+            manifest = _parse(text.encode(), MANIFEST_NAME)
+        except (ValidationError, InputError) as error:
+            raise InternalError(f"the manifest to be written is not valid: {error}", code="manifest-invalid") from error
+        (self.path / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        for name in (*names, MANIFEST_NAME):
+            _sync(self.path / name)
+        _sync(self.path)
+        self._move_into_place()
+        self._finished = True
+        return Bundle(self.out, manifest)
+
+    def _check_out(self) -> None:
+        """Refuse an `out` that is in the way."""
+        if not self.out.exists():
+            return
+        if not self.overwrite:
+            raise InputError(
+                f"{self.out} exists already",
+                code="output-exists",
+                expected="a directory that does not exist",
+                hint="choose another directory, or pass --overwrite to replace a bundle",
+            )
+        if not _is_replaceable(self.out):
+            raise InputError(
+                f"{self.out} is not a bundle, so it is not replaced",
+                code="output-not-a-bundle",
+                expected="a bundle written by edgeprune, or an empty directory",
+                hint="choose another directory",
+            )
+
+    def _move_into_place(self) -> None:
+        self._check_out()  # again: exporting takes a while
+        if self.out.exists():
+            self._aside = self._beside("old")
+            try:
+                self.out.rename(self._aside)
+                self.path.rename(self.out)
+            except BaseException:
+                if self._aside.exists() and not self.out.exists():
+                    self._aside.rename(self.out)
+                raise
+            shutil.rmtree(self._aside, ignore_errors=True)
+        else:
+            self.path.rename(self.out)
+        _sync(self.out.parent)
+
+    def _beside(self, kind: str) -> Path:
+        return self.out.parent / f".{self.out.name}.{kind}-{secrets.token_hex(4)}"
+
+    def _remove(self) -> None:
+        if self.path != self.out:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._aside is not None and self.out.exists():
+            shutil.rmtree(self._aside, ignore_errors=True)
+        with suppress(OSError):  # a parent that was never made, or that somebody else uses by now
+            for parent in self._created:
+                parent.rmdir()
+
+    def _remove_stale(self) -> None:
+        """Remove what killed runs left a day ago or before; an old bundle only where a new one stands."""
+        kinds = ("tmp", "old") if self.out.exists() else ("tmp",)
+        prefixes = tuple(f".{self.out.name}.{kind}-" for kind in kinds)
+        with suppress(OSError):  # no parent yet, or another run removed it first: nothing that stops this run
+            for entry in self.out.parent.iterdir():
+                if entry.name.startswith(prefixes) and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(entry, ignore_errors=True)
+
+    def _concerns_us(self, error: OSError) -> bool:
+        """Tell a failure to write here from one to read elsewhere; a write to an open file names no file."""
+        if error.filename is None:
+            return error.errno in _FULL
+        ours = Path(os.fsdecode(error.filename)).is_relative_to(self.path) or error.filename2 is not None
+        return ours and error.errno in (*_FULL, *_DENIED)
+
+    def _explain(self, error: OSError | RuntimeError) -> EdgepruneError:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return EnvironmentLackError(
+                f"the disk is full: writing {self.out} failed ({error})",
+                code="disk-full",
+                expected="free space for the new weights, beside a bundle that is replaced",
+                hint="free some space or write to another disk; nothing was left behind",
+            )
+        return InputError(
+            f"cannot write {self.out} ({error})",
+            code="output-not-writable",
+            expected="a place where this user may create a directory",
+            hint="choose another directory",
+        )
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Tell whether a path is a directory that is empty or holds a manifest of ours, valid or not."""
+    if not path.is_dir():
+        return False
+    try:
+        data = json.loads(_read_manifest(path))
+    except (InputError, ValueError, RecursionError):
+        return not any(path.iterdir())
+    return isinstance(data, dict) and data.get("tool") == TOOL
+
+
+def _read_manifest(path: Path) -> bytes:
+    file = path / MANIFEST_NAME
+    hint = "give the directory that `edgeprune export` wrote"
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise InputError(
+            f"no bundle at {path}: it {what}",
+            code="bundle-not-found",
+            expected="a bundle directory",
+            hint=hint,
+        )
+    if not os.path.lexists(file):
+        raise InputError(
+            f"no bundle at {path}: it has no {MANIFEST_NAME}",
+            code="bundle-not-found",
+            expected=f"a directory with a {MANIFEST_NAME}",
+            hint=hint,
+        )
+    file = _inside(path, MANIFEST_NAME)
+    try:
+        if not file.is_file():  # reading a pipe would never end
+            raise _invalid(str(file), "it is not a regular file")
+        if file.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise _invalid(str(file), f"it is larger than {_MAX_MANIFEST_BYTES >> 20} MiB")
+        return file.read_bytes()
+    except OSError as error:
+        raise _invalid(str(file), f"it cannot be read ({error})") from error
+
+
+def _parse(text: bytes, where: str) -> Manifest:
+    """Return the manifest in `text`, in the order in which a wrong one is best explained."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(where, f"it is not readable JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("tool") != TOOL:
+        raise _invalid(where, "it was not written by edgeprune")
+    version = data.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        newer = type(version) is int and version > SCHEMA_VERSION
+        raise InputError(
+            f"{where} has schema version {version!r}",
+            code="bundle-version",
+            expected=f"schema version {SCHEMA_VERSION}, the one edgeprune {__version__} reads",
+            hint="pip install --upgrade edgeprune" if newer else "export the bundle again",
+            details={"found": version, "supported": SCHEMA_VERSION},
+        )
+    try:
+        manifest = Manifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)
+        first = f"{'.'.join(str(part) for part in found[0]['loc'])}: {found[0]['msg']}"
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise _invalid(where, f"{first}{more}") from error
+    _check_consistent(manifest, where)
+    return manifest
+
+
+def _check_consistent(manifest: Manifest, where: str) -> None:
+    """Refuse a manifest whose parts contradict each other."""
+    low, high = manifest.batch
+    if not 1 <= low <= high:
+        raise _invalid(where, f"batch: {low} to {high} is no range")
+    if "model" not in manifest.graphs:
+        raise _invalid(where, "graphs: 'model' is absent")
+    for name, graph in manifest.graphs.items():
+        if graph.file not in manifest.files:
+            raise _invalid(where, f"graphs.{name}: {graph.file} is not among the files")
+
+
+def _invalid(where: str, why: str) -> InputError:
+    return InputError(
+        f"{where} is not a bundle manifest: {why}",
+        code="bundle-invalid",
+        expected=f"the {MANIFEST_NAME} that `edgeprune export` wrote, unchanged",
+        hint="export the bundle again",
+    )
+
+
+def _tampered(path: Path, name: str, why: str) -> InputError:
+    return InputError(
+        f"{name} in {path} {why}",
+        code="bundle-tampered",
+        expected=f"every file as {MANIFEST_NAME} lists it",
+        hint="copy the bundle again, or export it again",
+        details={"file": name},
+    )
+
+
+def _inside(path: Path, name: str) -> Path:
+    """Return the real path of a file of the bundle, refusing names and links that leave the directory."""
+    outside = InputError(
+        f"{path} names the file {name!r}, which is not inside the bundle",
+        code="bundle-path",
+        expected="relative paths inside the bundle directory",
+        hint="do not use this bundle; export it again",
+        details={"file": name},
+    )
+    pure = PurePosixPath(name)
+    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
+        raise outside
+    if "\\" in name or PureWindowsPath(name).drive:
+        raise outside
+    try:
+        real = (path / name).resolve()
+        root = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is too long
+        raise outside from error
+    if not real.is_relative_to(root):
+        raise outside
+    return real
+
+
+def _check_file(path: Path, name: str, info: FileInfo, check_hash: bool) -> None:
+    file = _inside(path, name)
+    try:
+        if not file.is_file():
+            raise _tampered(path, name, "is missing")
+        size = file.stat().st_size
+        if size != info.bytes:
+            raise _tampered(path, name, f"has {size} bytes instead of {info.bytes}")
+        if check_hash and hash_file(file).sha256 != info.sha256:
+            raise _tampered(path, name, "was changed: its sha256 differs")
+    except OSError as error:
+        raise _tampered(path, name, f"cannot be read ({error})") from error
+
+
+def _check_external(path: Path, graph: str, files: dict[str, FileInfo]) -> None:
+    """Refuse a graph that refers to weights outside the listed files."""
+    for location in sorted(find_external_locations(_inside(path, graph))):
+        _inside(path, location)
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(graph), location))
+        if name not in files:
+            raise _tampered(path, graph, f"refers to {location!r}, which {MANIFEST_NAME} does not list")
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or directory to the disk, where the system can."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without fsync
+            raise
+    finally:
+        os.close(handle)

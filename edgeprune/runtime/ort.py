@@ -1,0 +1,108 @@
+"""ONNX Runtime behind `Session`: the only module that imports onnxruntime to run a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from edgeprune.errors import InputError, missing_package
+from edgeprune.runtime.manifest import TensorInfo
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
+
+
+def import_onnxruntime() -> ModuleType:
+    """Return onnxruntime.
+
+    Raises:
+        EnvironmentLackError: `package-missing` when it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_package("onnxruntime", "ort", "running a bundle") from error
+    return onnxruntime
+
+
+class OrtBackend:
+    """One graph in ONNX Runtime.
+
+    Args:
+        model_path: the .onnx file; its weights lie beside it.
+        threads: threads inside an operator; 0 lets ONNX Runtime take every core.
+        spinning: idle threads wait in a busy loop: lower latency, at the cost of everything else that runs.
+        providers: execution providers, first choice first.
+
+    Raises:
+        InputError: `graph-invalid` when ONNX Runtime refuses the graph.
+        EnvironmentLackError: `package-missing`.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        threads: int = 0,
+        spinning: bool = True,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        if not spinning:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._path = model_path
+        try:
+            self._session = ort.InferenceSession(str(model_path), options, providers=list(providers))
+        except Exception as error:  # the binding's exceptions share no public base
+            raise self._refusal("cannot load", error) from error
+        self.inputs = _describe(self._session.get_inputs())
+        self.outputs = _describe(self._session.get_outputs())
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Return every output by name.
+
+        Args:
+            images: [B, C, H, W] as the graph's input says.
+
+        Raises:
+            InputError: `graph-invalid` when the graph fails while it runs.
+        """
+        try:
+            values = self._session.run(None, {self.inputs[0].name: images})
+        except Exception as error:
+            raise self._refusal("cannot run", error) from error
+        return {info.name: value for info, value in zip(self.outputs, values, strict=True)}
+
+    def _refusal(self, what: str, error: Exception) -> InputError:
+        return InputError(
+            f"ONNX Runtime {what} {self._path}: {error}",
+            code="graph-invalid",
+            expected="a graph exported for a target that ONNX Runtime runs",
+            hint="export the bundle again",
+            details={"graph": str(self._path)},
+        )
+
+
+def _describe(values: Sequence[Any]) -> list[TensorInfo]:
+    """Return ONNX Runtime's inputs or outputs in the manifest's terms."""
+    return [
+        TensorInfo(
+            name=value.name,
+            dtype=_DTYPES.get(value.type, value.type),
+            shape=[side if isinstance(side, int) else -1 for side in value.shape],
+        )
+        for value in values
+    ]
