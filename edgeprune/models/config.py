@@ -66,6 +66,11 @@ class ViTConfig:
         def refuse(what: str, expected: str) -> None:
             raise InputError(f"model '{self.name}': {what}", code="model-config", expected=expected)
 
+        for field in ("num_classes", "depth", "embed_dim", "num_heads", "in_chans", "mlp_dim"):
+            if getattr(self, field) < 1:
+                refuse(f"{field} {getattr(self, field)}", "at least 1")
+        if self.reg_tokens < 0:
+            refuse(f"reg_tokens {self.reg_tokens}", "0 or more")
         for side, patch in zip(self.image_size, self.patch_size, strict=True):
             if patch < 1 or side < patch or side % patch:
                 refuse(
@@ -81,9 +86,6 @@ class ViTConfig:
             refuse("global_pool 'token' without a class token", "class_token=True or global_pool='avg'")
         if self.distilled and (not self.class_token or self.reg_tokens or self.global_pool != "token"):
             refuse("a distilled model with registers or average pooling", "CLS, distillation token, patches")
-        for field in ("num_classes", "depth", "embed_dim", "num_heads", "in_chans"):
-            if getattr(self, field) < 1:
-                refuse(f"{field} {getattr(self, field)}", "at least 1")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -117,7 +119,7 @@ class ViTConfig:
 
     @property
     def num_head_tokens(self) -> int:
-        """Leading rows the classifier reads when it pools tokens: CLS, and the distillation token if there is one."""
+        """Leading rows the classifier reads when it pools tokens: CLS, and the distillation token if any."""
         return 2 if self.distilled else 1
 
     def with_overrides(self, **fields: Any) -> ViTConfig:
