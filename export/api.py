@@ -11,7 +11,7 @@ from edgeprune.errors import BuildError, InputError
 from edgeprune.export.request import ExportRequest, Resolved, resolve
 from edgeprune.models.config import ViTConfig
 from edgeprune.pruning import METHODS
-from edgeprune.pruning.base import Reducer, Stage
+from edgeprune.pruning.base import Constant, Reducer, Stage
 from edgeprune.pruning.random import NoScorer, constant_selector
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def load_reference(resolved: Resolved) -> tuple[PrunedViT, dict[str, Any], list[
     """Return the model, the manifest's `weights` field and warnings."""
     import torch
 
-    from edgeprune.models.checkpoint import load_checkpoint, load_into
+    from edgeprune.models.checkpoint import load_checkpoint
+    from edgeprune.models.fit import load_into
     from edgeprune.pruning.model import PrunedViT
 
     request = resolved.request
@@ -100,10 +101,13 @@ def make_plan(resolved: Resolved, stages: tuple[Stage, ...], *, token_outputs: b
 def random_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """Return stages at the same places with the same counts that keep constant positions: the cost without choosing.
 
-    A fused token is replaced by one more kept token.
+    A fused token is replaced by one more kept token. Positions that are constant already stay.
     """
     made = []
     for seed, stage in enumerate(stages):
+        if isinstance(stage.selector, Constant):
+            made.append(stage)
+            continue
         counts = replace(stage.counts, kept=stage.counts.tokens_out, fused=0)
         selector = constant_selector(counts, seed)
         made.append(replace(stage, scorer=NoScorer(), selector=selector, reducer=Reducer.DROP, counts=counts))

@@ -17,7 +17,7 @@ from edgeprune.export.api import (
     verify_graph,
     write_bundle,
 )
-from edgeprune.export.request import ExportRequest, check_batch, resolve
+from edgeprune.export.request import ExportRequest, check_batch, check_selection, resolve
 from edgeprune.export.targets.registry import get_target
 from edgeprune.models.config import ViTConfig
 
@@ -77,6 +77,8 @@ def _take_weights(model: nn.Module, tensors: dict[str, Tensor], method: str) -> 
 
 def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, reason: str, report: Progress) -> Bundle:
     """Trace, lower what is ours, verify and write."""
+    from edgeprune.export.ops.functions import is_edgeprune
+    from edgeprune.export.passes.lower_selection import inline_bodies
     from edgeprune.export.pipeline import finish_graph
     from edgeprune.export.trace import TRACE_OPSET, trace_graph
     from edgeprune.export.writer import WeightStore
@@ -84,17 +86,28 @@ def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, r
 
     check_batch(request.batch)
     target = get_target(request.target)
-    if request.method != "dense" or request.image_size is None:
+    check_selection(request.selection, target)
+    if request.method != "dense" or request.image_size is None or request.token_outputs:
         raise InputError(
             f"this module can only be traced: {reason}",
             code="module",
-            expected="method 'dense' and an image size; a traced module prunes as it is written or not at all",
+            expected="method 'dense', an image size and no token outputs: a traced module prunes as it is written",
             hint="pass ExportRequest(model=..., image_size=(224, 224))",
+        )
+    if request.opset not in (None, TRACE_OPSET):
+        raise InputError(
+            f"a traced module cannot be written with opset {request.opset}",
+            code="opset",
+            expected=f"opset {TRACE_OPSET}, the one torch.onnx writes",
+            hint="leave the opset out",
         )
     shape = (3, *request.image_size)
     with BundleWriter(Path(out), overwrite=request.overwrite) as writer:
         report("tracing", 0.1)
         graph = trace_graph(module, np.zeros((1, *shape), np.float32), request.batch)
+        selects = any(is_edgeprune(node) for node in graph.nodes)
+        if request.selection == "native":
+            graph = inline_bodies(graph)  # scores that are not ours may be NaN, which only the full body ranks last
         path = writer.path / "model.onnx"
         report("lowering model.onnx", 0.6)
         with WeightStore(writer.path / "model.onnx.data") as store:
@@ -115,7 +128,7 @@ def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, r
                 "opset": TRACE_OPSET,
                 "batch": request.batch,
                 "lowering": "traced",
-                "selection": "none",
+                "selection": request.selection if selects else "none",
                 "dead_rows": False,
                 "graphs": {"model": info},
                 "preprocessing": preprocessing(defaults),

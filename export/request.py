@@ -12,8 +12,7 @@ from edgeprune.export.targets.registry import get_target
 from edgeprune.models.config import ViTConfig
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import get_method
-from edgeprune.pruning.base import Method, Stage, StageRequest
-from edgeprune.pruning.counts import check_keep_rate
+from edgeprune.pruning.base import Method, Stage, parse_stages
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,8 @@ def resolve(request: ExportRequest, config: ViTConfig | None = None) -> Resolved
     config = config or resolve_config(request)
     target = get_target(request.target)
     check_batch(request.batch)
-    if request.selection not in target.selections:
-        raise InputError(
-            f"target '{target.name}' has no selection form '{request.selection}'",
-            code="selection",
-            expected=" or ".join(target.selections),
-        )
-    opset = request.opset or target.opset
+    check_selection(request.selection, target)
+    opset = target.opset if request.opset is None else request.opset
     if opset not in target.opsets:
         raise InputError(
             f"target '{target.name}' does not write opset {opset}",
@@ -114,6 +108,16 @@ def resolve_config(request: ExportRequest) -> ViTConfig:
     return get_model_config(request.model, **fields, **dict(request.model_options))
 
 
+def check_selection(selection: str, target: Target) -> None:
+    """Raise InputError `selection` unless the target takes this form of the selection."""
+    if selection not in target.selections:
+        raise InputError(
+            f"target '{target.name}' has no selection form '{selection}'",
+            code="selection",
+            expected=" or ".join(target.selections),
+        )
+
+
 def check_batch(batch: tuple[int, int]) -> None:
     """Raise InputError `batch` unless 1 <= smallest <= largest."""
     if not 1 <= batch[0] <= batch[1]:
@@ -122,28 +126,3 @@ def check_batch(batch: tuple[int, int]) -> None:
             code="batch",
             expected="a fixed size like 1 or a range like 1:8, at least 1",
         )
-
-
-def parse_stages(text: str | None, keep_rate: float) -> StageRequest:
-    """Return where to prune: None, "3,6,9" or "3:0.7,6:0.5,9:0.35".
-
-    Raises:
-        InputError: `stages` when the text is neither, `keep-rate` when a rate is out of range.
-    """
-    check_keep_rate(keep_rate)
-    if text is None:
-        return StageRequest(keep_rate)
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        blocks = tuple(int(pair[0]) for pair in pairs)
-        rates = tuple(float(pair[1]) for pair in pairs if len(pair) == 2)
-        if any(len(pair) > 2 for pair in pairs) or len(rates) not in (0, len(blocks)):
-            raise ValueError
-    except ValueError:
-        raise InputError(
-            f"--stages {text} cannot be read",
-            code="stages",
-            expected="block indices, all with a keep rate or none",
-            hint="for example --stages 3,6,9 or --stages 3:0.7,6:0.5,9:0.35",
-        ) from None
-    return StageRequest(keep_rate, blocks, rates or None)

@@ -57,7 +57,15 @@ def trace_graph(module: nn.Module, example: np.ndarray, batch: tuple[int, int]) 
             hint=f"torch says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
         ) from error
     assert program is not None
-    return gs.import_onnx(program.model_proto)
+    graph = gs.import_onnx(program.model_proto)
+    if dynamic and isinstance(graph.inputs[0].shape[0], int):
+        raise BuildError(
+            f"the forward pass of {type(module).__name__} works for one batch size only once it is traced",
+            code="trace",
+            expected=f"any batch from {batch[0]} to {batch[1]}",
+            hint="write x.shape[0] instead of len(x) or a number in its forward pass, or give one batch size",
+        )
+    return graph
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -42,7 +42,7 @@ class WeightStore:
         if name not in self._entries:
             self._file.seek(-self._file.tell() % ALIGNMENT, 1)
             offset = self._file.tell()
-            self._file.write(memoryview(np.ascontiguousarray(values)).cast("B"))
+            self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
             self._entries[name] = (offset, values.nbytes, values.shape)
         offset, length, shape = self._entries[name]
         if shape != values.shape:

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.data import Dataset
 from edgeprune.errors import InputError
-from edgeprune.runtime.manifest import PreprocessInfo
 from edgeprune.runtime.session import Session
 
 Report = Callable[[str, float], None]
-
-
-class Dataset(Protocol):
-    """Labelled images, see `edgeprune.data`."""
-
-    @property
-    def labels(self) -> Sequence[str] | None:
-        """Class names by index."""
-
-    def __len__(self) -> int: ...
-
-    def batches(
-        self, size: int, preprocessing: PreprocessInfo
-    ) -> Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Yield images [B, 3, H, W] normalised and class indices [B]."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +25,21 @@ class Accuracy:
     images: int
 
 
-def evaluate(session: Session, dataset: Dataset, *, limit: int | None = None, report: Report | None = None) -> Accuracy:
+def evaluate(session: Session, dataset: Dataset, *, report: Report | None = None) -> Accuracy:
     """Return the accuracy of a session on a dataset.
 
     Args:
         session: runs the graph; batches are as large as it allows.
-        dataset: brings its own order.
-        limit: stop after this many images; None takes all.
+        dataset: labelled images, see `edgeprune.data`.
         report: called with (step, share done).
 
     Raises:
-        InputError: `data-classes` when the classes of data and model cannot be matched; `data-empty`.
+        InputError: `data-classes` when the classes of data and model cannot be matched.
     """
     low, high = session.manifest.batch
-    total = min(len(dataset), limit or len(dataset))
-    if total == 0:
-        raise InputError("there is no image to evaluate on", code="data-empty", expected="at least one image")
-    groups = _limited(dataset.batches(high, session.manifest.preprocessing), total)
     seen = top1 = top5 = classes = 0
     mapping: NDArray[np.int64] | None = None
-    for images, labels in groups:
+    for images, labels in dataset.batches(high, session.manifest.preprocessing):
         padded = np.concatenate([images, np.repeat(images[-1:], max(low - len(images), 0), 0)])
         logits = session.run(padded).logits[: len(images)]
         if mapping is None:
@@ -68,7 +48,7 @@ def evaluate(session: Session, dataset: Dataset, *, limit: int | None = None, re
         ranks = rank_of(logits, mapping[labels])
         top1, top5, seen = top1 + int((ranks < 1).sum()), top5 + int((ranks < 5).sum()), seen + len(images)
         if report is not None:
-            report("evaluating", seen / total)
+            report("evaluating", seen / len(dataset))
     return Accuracy(top1 / seen, top5 / seen if classes > 5 else None, seen)
 
 
@@ -98,14 +78,3 @@ def match_classes(data: Sequence[str] | None, model: Sequence[str] | None, class
         expected="as many classes in the same order, or class names that are the bundle's labels",
         hint="export with --labels FILE so that folders are found by name",
     )
-
-
-def _limited(
-    groups: Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]], total: int
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """Yield the groups up to `total` images."""
-    for images, labels in groups:
-        yield images[:total], labels[:total]
-        total -= len(images)
-        if total <= 0:
-            return

@@ -259,3 +259,28 @@ def check_blocks(blocks: Sequence[int], depth: int) -> None:
             expected=f"ascending block indices from 0 to {depth - 1}",
             hint=f"for example --stages {','.join(map(str, default_blocks(depth)))}",
         )
+
+
+def parse_stages(text: str | None, keep_rate: float) -> StageRequest:
+    """Return where to prune: None, "3,6,9" or "3:0.7,6:0.5,9:0.35".
+
+    Raises:
+        InputError: `stages` when the text is neither, `keep-rate` when a rate is out of range.
+    """
+    check_keep_rate(keep_rate)
+    if text is None:
+        return StageRequest(keep_rate)
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        blocks = tuple(int(pair[0]) for pair in pairs)
+        rates = tuple(float(pair[1]) for pair in pairs if len(pair) == 2)
+        if any(len(pair) > 2 for pair in pairs) or len(rates) not in (0, len(blocks)):
+            raise ValueError
+    except ValueError:
+        raise InputError(
+            f"--stages {text} cannot be read",
+            code="stages",
+            expected="block indices, all with a keep rate or none",
+            hint="for example --stages 3,6,9 or --stages 3:0.7,6:0.5,9:0.35",
+        ) from None
+    return StageRequest(keep_rate, blocks, rates or None)

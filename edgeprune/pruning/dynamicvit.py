@@ -42,7 +42,9 @@ class PredictorScorer(Scorer):
 
     def score(self, context: Context, module: nn.Module | None) -> Tensor:
         """Return scores [B, N]."""
-        assert module is not None
+        from edgeprune.pruning.predictor import Predictor
+
+        assert isinstance(module, Predictor)
         logits = module.logits(context.tokens)
         return (logits[..., 0] - logits[..., 1]).float()
 

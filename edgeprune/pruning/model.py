@@ -66,6 +66,7 @@ class PrunedViT(VisionTransformer):
         out = PrunedOutput(logits=x)
         at = {(stage.block, stage.where): s for s, stage in enumerate(self.stages)}
         for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             before, inside = at.get((i, Where.PRE_BLOCK)), at.get((i, Where.MID_BLOCK))
             if before is not None:
                 x, ids = self.reduce(before, x, None, ids, out)

@@ -49,7 +49,7 @@ def count_tokens(scores: Tensor, k: int, mode: int, threshold: float) -> Tensor:
     if threshold >= 1:
         return torch.full((B,), N, dtype=torch.int32, device=scores.device)
     ranked = scores.nan_to_num(nan=0.0).clamp(min=0).gather(1, rank_tokens(scores))
-    before = ranked.cumsum(1) - ranked
+    before = torch.nn.functional.pad(ranked, (1, -1)).cumsum(1)
     return (before < threshold).sum(1, dtype=torch.int32).clamp(min=1)
 
 

@@ -37,5 +37,5 @@ class Predictor(nn.Module):
             mean = shared.mean(1, keepdim=True)
         else:
             weight = keep.unsqueeze(-1)
-            mean = (shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            mean = (shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
         return self.out_conv(torch.cat([local, mean.expand_as(local)], -1))

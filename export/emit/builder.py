@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from edgeprune.errors import InternalError
 
-Shape = Sequence[int | str]
+Shape = Sequence[int | str | None]  # None: unknown, as the rows of a flattened dynamic batch
 BATCH = "batch"  # the name of the dynamic batch dimension
 
 

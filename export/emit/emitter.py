@@ -51,7 +51,7 @@ class Emission:
         return self.dialect.to_tokens(self.g, self.rows, self.tokens)
 
 
-EMIT: dict[type, Callable[[Emission, object], None]] = {
+EMIT: dict[type, Callable[..., None]] = {
     Embed: parts.emit_embed,
     Select: selection.emit_select,
     Block: parts.emit_block,

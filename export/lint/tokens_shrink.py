@@ -13,8 +13,8 @@ def tokens_shrink(context: LintContext) -> list[Finding]:
     """Infer every block's output shape from the operators alone and compare its rows with the plan."""
     if context.plan is None:
         return []
-    shapes = infer_shapes(context.model)
-    high = context.plan.batch[1] if context.plan.batch[0] == context.plan.batch[1] else None
+    batch = context.plan.batch[1]
+    shapes = infer_shapes(context.model, batch)
     findings = []
     for step in context.plan.steps:
         if not isinstance(step, Block):
@@ -22,23 +22,22 @@ def tokens_shrink(context: LintContext) -> list[Finding]:
         name = f"blocks.{step.index}.mlp.fc1"
         shape = shapes.get(name, [])
         rows = shape[-2] if len(shape) >= 2 else None
-        wanted = step.tokens_out * (high or 0) if len(shape) == 2 else step.tokens_out
-        if len(shape) == 2 and high is None:
-            continue  # rows of a dynamic batch are flattened into one unknown dimension
+        wanted = step.tokens_out * batch if len(shape) == 2 else step.tokens_out
         if rows != wanted:
             reason = f"computes {rows} rows where the plan keeps {wanted}"
             findings.append(Finding("tokens-shrink", name, reason))
     return findings
 
 
-def infer_shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
-    """Return the shape of every tensor, inferred without the shapes the emitter wrote down.
+def infer_shapes(model: onnx.ModelProto, batch: int) -> dict[str, list[int | None]]:
+    """Return the shape of every tensor for a batch, inferred without the shapes the emitter wrote down.
 
     Operators of ONNX Runtime are replaced by standard ones of the same shape first.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.graph.value_info[:]
+    copy.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
     nodes = [standard for node in copy.graph.node for standard in _same_shape(node)]
     del copy.graph.node[:]
     copy.graph.node.extend(nodes)

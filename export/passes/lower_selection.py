@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from edgeprune.errors import InternalError
+from edgeprune.errors import BuildError
 from edgeprune.export.ops import functions, gather_tokens, topk_gather
 
 
@@ -24,12 +24,21 @@ def inline_bodies(graph: gs.Graph) -> gs.Graph:
 
 
 def attach_bodies(graph: gs.Graph) -> gs.Graph:
-    """Leave the nodes; check that one function per op is enough, which the writer adds."""
-    bodies = {}
+    """Leave the nodes; check that one function per op is enough, which the writer adds.
+
+    Raises:
+        BuildError: `no-lowering` when it is not.
+    """
+    bodies: dict[str, object] = {}
     for node in filter(functions.is_edgeprune, graph.nodes):
         body = functions.function_of(node, graph.opset)
         if bodies.setdefault(node.op, body) is not body:
-            raise InternalError(f"two variants of {node.op} in one graph", code="no-lowering")
+            raise BuildError(
+                f"the graph holds two variants of {node.op}, and a function has one body",
+                code="no-lowering",
+                expected="one order and one mode of the op in a graph with plugin nodes",
+                hint="use --selection native",
+            )
     return graph
 
 

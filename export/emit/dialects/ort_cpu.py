@@ -72,8 +72,10 @@ class OrtCpuDialect(PlainDialect):
         queries, tokens = counts
         inputs = [self.to_tokens(g, q, queries), keys, self.to_tokens(g, v, tokens)]
         shape = [g.batch, queries, q.shape[-1]]
-        attrs = {"domain": MICROSOFT, "num_heads": heads}
-        return self.to_rows(g, g.node("MultiHeadAttention", inputs, shape=shape, name="context", **attrs))
+        context = g.node(
+            "MultiHeadAttention", inputs, shape=shape, name="context", domain=MICROSOFT, num_heads=heads
+        )
+        return self.to_rows(g, context)
 
     def class_attention(self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
         """Return the CLS query's attention, mean over heads, [B, T].
@@ -85,7 +87,9 @@ class OrtCpuDialect(PlainDialect):
         diagonal = np.repeat(np.eye(heads, dtype=np.float32), D // heads, axis=1)[None]
         mask = g.constant(f"const.heads_{heads}_{D}", diagonal)
         spread = g.node("Mul", [q, mask], shape=[B, heads, D], name="spread")
-        attrs = {"domain": MICROSOFT, "transB": 1, "alpha": (D // heads) ** -0.5}
-        logits = g.node("FusedMatMul", [spread, keys], shape=[B, heads, tokens], name="logits", **attrs)
+        shape, scale = [B, heads, tokens], (D // heads) ** -0.5
+        logits = g.node(
+            "FusedMatMul", [spread, keys], shape=shape, name="logits", domain=MICROSOFT, transB=1, alpha=scale
+        )
         weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
         return g.reduce("ReduceMean", weights, 1, keepdims=False, name="scores")

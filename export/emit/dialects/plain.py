@@ -79,8 +79,8 @@ class PlainDialect:
         D, _, ph, pw = weight.shape
         key = "patch_embed.proj"
         inputs = [images, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
-        attrs = {"kernel_shape": [ph, pw], "strides": [ph, pw]}
-        maps = g.node("Conv", inputs, shape=[g.batch, D, *grid], name="proj", **attrs)
+        shape = [g.batch, D, *grid]
+        maps = g.node("Conv", inputs, shape=shape, name="proj", kernel_shape=[ph, pw], strides=[ph, pw])
         flat = g.reshape(maps, [g.batch, D, grid[0] * grid[1]], name="flatten")
         return g.transpose(flat, [0, 2, 1])
 

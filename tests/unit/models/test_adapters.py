@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgeprune.models.adapters import NotRepresentableError, from_module, from_transformers_keys
-from edgeprune.models.checkpoint import load_checkpoint, load_into
+from edgeprune.models.checkpoint import load_checkpoint
+from edgeprune.models.fit import load_into
 from edgeprune.models.registry import MODELS
 from edgeprune.models.vit import VisionTransformer as OurViT
 from tests.helpers import reference_vit

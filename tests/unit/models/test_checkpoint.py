@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from edgeprune.errors import EdgepruneWarning, EnvironmentLackError, InputError
-from edgeprune.models.checkpoint import Checkpoint, load_checkpoint, load_into
+from edgeprune.models.checkpoint import Checkpoint, load_checkpoint
+from edgeprune.models.fit import load_into
 from edgeprune.models.registry import get_model_config
 from edgeprune.models.vit import VisionTransformer
 from edgeprune.pruning import get_method

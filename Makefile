@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make setup   a virtual environment with everything the CPU side needs"
+	@echo "make demo    export, verify, evaluate and benchmark the shipped digits model"
+	@echo "make test    all tests"
+	@echo "make lint    ruff and mypy"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/edgeprune demo -o out/demo --overwrite
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# mypy sees export/ where an installed package has it: as edgeprune.export
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .stage && mkdir .stage && cp -r edgeprune .stage/edgeprune && cp -r export .stage/edgeprune/export
+	cd .stage && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p edgeprune
+	rm -rf .stage
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .stage build dist out *.egg-info

@@ -1,0 +1,140 @@
+"""`edgeprune export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprune.cli import parse
+from edgeprune.cli.common import verb
+from edgeprune.cli.show import batch_words, files_words, macs_words, stage_rows, summary
+from edgeprune.cli.ui import Ui, pairs
+from edgeprune.errors import InputError
+from edgeprune.runtime.manifest import Macs, StageInfo
+
+
+@verb(
+    "export",
+    "Compile a checkpoint into a bundle.\n\nExactly one of --checkpoint and --random-weights says where the weights "
+    "come from. The bundle holds the pruned graph and its baselines; it appears whole or not at all.",
+)
+@click.option("-m", "--model", required=True, metavar="NAME", help="A name `edgeprune models` lists.")
+@click.option("--method", default="dense", show_default=True, metavar="NAME", help="See `edgeprune methods`.")
+@click.option("--keep-rate", type=float, default=1.0, metavar="SHARE", help="Share of tokens that stays, above 0 to 1.")
+@click.option("--stages", metavar="LIST", help="Blocks, 3,6,9, or with a rate each, 3:0.7,6:0.5,9:0.35.")
+@click.option("--method-option", multiple=True, metavar="KEY=VALUE", help="Setting of the method; repeatable.")
+@click.option(
+    "--model-option", multiple=True, metavar="KEY=VALUE", help="Field of the model, e.g. reg_tokens=4; repeatable."
+)
+@click.option("--checkpoint", metavar="PATH", help="A .safetensors, .pth or .bin file, or hf-hub:owner/name.")
+@click.option("--ema", is_flag=True, help="Take the checkpoint's averaged weights.")
+@click.option("--random-weights", is_flag=True, help="For latency studies; recorded in every report.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and of the comparison.")
+@click.option("--image-size", type=parse.ImageSize(), help="224, or 224x320 (height x width).")
+@click.option("--patch-size", type=click.IntRange(min=1), metavar="PIXELS")
+@click.option("--num-classes", type=click.IntRange(min=1), metavar="N")
+@click.option("--target", default="ort-cpu", show_default=True, metavar="NAME", help="See `edgeprune targets`.")
+@click.option("--batch", type=parse.BatchRange(), default="1", show_default=True, help="1, 8, or 1:8 for any between.")
+@click.option("--token-outputs", is_flag=True, help="The graph also returns what each stage kept.")
+@click.option("--no-dead-rows", is_flag=True, help="Compute rows nobody reads, as the literature does.")
+@click.option(
+    "--selection", type=click.Choice(["native", "plugin"]), default="native", help="Standard ops, or the edgeprune op."
+)
+@click.option("--opset", type=int, metavar="N", help="Instead of the target's own.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path), metavar="FILE", help="Class names, one per line or a JSON list."
+)
+@click.option("--no-verify", is_flag=True, help="Do not compare the result with PyTorch.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle at --output.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="The bundle's directory.")
+def command(ui: Ui, **options: Any) -> dict[str, Any]:
+    """Plan or export."""
+    output: Path | None = options.pop("output")
+    dry_run: bool = options.pop("dry_run")
+    if output is None and not dry_run:
+        raise InputError(
+            "no output directory", code="usage", expected="-o DIR", hint="add -o out/my-model, or --dry-run"
+        )
+    request = _request(**options)
+    from edgeprune.export import export_model, plan_export
+
+    if dry_run:
+        return _dry_run(ui, plan_export(request))
+    assert output is not None
+    with ui.steps() as report:
+        bundle = export_model(request, output, progress=report)
+    ui.written.append(bundle.path)
+    manifest = bundle.manifest
+    for warning in manifest.warnings:
+        ui.warn(warning)
+    ui.note(pairs([*summary(bundle), ("files", files_words(manifest))]))
+    if manifest.method.stages:
+        ui.note()
+        ui.note(stage_rows(manifest.method.stages))
+    ui.note(f"\nnext: edgeprune run {output} IMAGE...\n      edgeprune bench {output}")
+    return {"bundle": str(output), "manifest": manifest.model_dump(mode="json")}
+
+
+def _dry_run(ui: Ui, plan: dict[str, Any]) -> dict[str, Any]:
+    """Print what would be exported."""
+    options = "".join(f", {key}={str(value).lower()}" for key, value in plan["options"].items())
+    stages = [StageInfo(**stage) for stage in plan["stages"]]
+    ui.data(
+        pairs(
+            [
+                ("model", plan["model"]),
+                ("method", plan["method"] + options),
+                ("target", f"{plan['target']}, opset {plan['opset']}, batch {batch_words(plan['batch'])}"),
+                ("MACs", macs_words(Macs(**plan["macs"]))),
+                ("steps", "\n".join(plan["steps"])),
+                ("files", ", ".join(plan["files"])),
+            ]
+        )
+    )
+    if stages:
+        ui.data("")
+        ui.data(stage_rows(stages))
+    ui.note("dry run: nothing was written")
+    return {"dry_run": True, **plan}
+
+
+def _request(
+    *,
+    checkpoint: str | None,
+    random_weights: bool,
+    method_option: tuple[str, ...],
+    model_option: tuple[str, ...],
+    labels: Path | None,
+    no_verify: bool,
+    no_dead_rows: bool,
+    **fields: Any,
+) -> Any:
+    """Return the ExportRequest of the options."""
+    if (checkpoint is None) == (not random_weights):
+        both = checkpoint is not None
+        raise InputError(
+            "--checkpoint and --random-weights together" if both else "no weights given",
+            code="weights",
+            expected="exactly one of --checkpoint and --random-weights",
+            hint="leave one out" if both else "add --checkpoint FILE, or --random-weights for a latency study",
+        )
+    if fields["ema"] and checkpoint is None:
+        raise InputError("--ema without --checkpoint", code="weights", expected="--ema with --checkpoint only")
+    settings = {
+        "method_options": parse.key_values(method_option, "--method-option"),
+        "model_options": parse.model_options(model_option),
+        "labels": None if labels is None else parse.read_labels(labels),
+    }
+    from edgeprune.export import ExportRequest
+
+    return ExportRequest(
+        **fields,
+        **settings,
+        checkpoint=checkpoint,
+        random_weights=random_weights,
+        verify=not no_verify,
+        dead_rows=not no_dead_rows,
+    )

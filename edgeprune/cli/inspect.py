@@ -1,0 +1,80 @@
+"""`edgeprune inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprune.cli.common import BUNDLE, verb
+from edgeprune.cli.show import size_words, stage_rows, summary
+from edgeprune.cli.ui import Ui, pairs, table
+from edgeprune.runtime.bundle import Bundle, load_bundle
+
+SHOWN_OPS = 8
+
+
+@verb("inspect", "Show what a bundle holds, and check the hash of every file.")
+@click.argument("bundle", type=BUNDLE)
+def command(ui: Ui, bundle: Path) -> dict[str, Any]:
+    """Print a bundle's manifest for people."""
+    loaded = load_bundle(bundle)
+    manifest = loaded.manifest
+    graphs = {name: _graph(loaded, name) for name in manifest.graphs}
+    p = manifest.preprocessing
+    ui.data(pairs(summary(loaded)))
+    if manifest.method.stages:
+        ui.data("")
+        ui.data(stage_rows(manifest.method.stages))
+    shown = table("graph", "file", "inputs", "outputs", ">nodes", "most frequent")
+    for name, info in manifest.graphs.items():
+        ops = graphs[name]["ops"]
+        frequent = ", ".join(f"{op} {count}" for op, count in list(ops.items())[:SHOWN_OPS]) if ops else "-"
+        shown.add_row(
+            name,
+            info.file,
+            "\n".join(f"{t.name} {t.dtype}{t.shape}" for t in info.inputs),
+            "\n".join(f"{t.name} {t.dtype}{t.shape}" for t in info.outputs),
+            str(sum(ops.values())) if ops else "-",
+            frequent,
+        )
+    ui.data("")
+    ui.data(shown)
+    files = table("file", ">size", "sha256")
+    for name, file in manifest.files.items():
+        files.add_row(name, size_words(file.bytes), file.sha256)
+    ui.data("")
+    ui.data(files)
+    ui.data("")
+    ui.data(
+        pairs(
+            [
+                ("images", f"{p.image_size[0]}x{p.image_size[1]}, {p.interpolation}, crop {p.crop_pct:g}"),
+                ("mean, std", f"{_numbers(p.mean)}; {_numbers(p.std)}"),
+                ("labels", None if manifest.labels is None else len(manifest.labels)),
+                ("made by", f"{manifest.tool} {manifest.tool_version}, {manifest.created}"),
+                ("warnings", "; ".join(manifest.warnings) or None),
+                ("hashes", "all files as the manifest lists them"),
+            ]
+        )
+    )
+    if not all(graph["ops"] for graph in graphs.values()):
+        ui.note("node counts need the package onnx: pip install 'edgeprune[export]'")
+    return {"bundle": str(bundle), "hashes": "ok", "manifest": manifest.model_dump(mode="json"), "graphs": graphs}
+
+
+def _graph(bundle: Bundle, name: str) -> dict[str, Any]:
+    """Return the operators of a graph with their counts, most frequent first; None without onnx."""
+    path = bundle.graph_path(name)
+    try:
+        import onnx
+    except ImportError:
+        return {"file": path.name, "nodes": None, "ops": None}
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    return {"file": path.name, "nodes": len(nodes), "ops": dict(Counter(n.op_type for n in nodes).most_common())}
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)

@@ -1,0 +1,152 @@
+"""The checks of `edgeprune doctor`: one function each, every finding with what to do about it."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+
+# package, import name, least version, extra that brings it, needed for; the first group is required.
+REQUIRED = (
+    ("click", "click", "8.1", None, "the command line"),
+    ("numpy", "numpy", "1.26", None, "everything"),
+    ("pillow", "PIL", "10", None, "reading images"),
+    ("pydantic", "pydantic", "2.6", None, "reading bundles"),
+    ("rich", "rich", "13", None, "the command line"),
+    ("onnxruntime", "onnxruntime", "1.20", "ort", "running and measuring bundles"),
+)
+OPTIONAL = (
+    ("torch", "torch", "2.6", "export", "export, verify and finetune"),
+    ("onnx", "onnx", "1.16", "export", "export"),
+    ("onnx-graphsurgeon", "onnx_graphsurgeon", "0.5.2", "export", "export"),
+    ("onnxscript", "onnxscript", "0.5", "export", "exporting modules of other packages"),
+    ("safetensors", "safetensors", "0.4.3", "export", "safetensors checkpoints"),
+    ("scikit-learn", "sklearn", "1.3", "train", "the digits task and the demo"),
+    ("huggingface_hub", "huggingface_hub", "0.23", "hub", "hf-hub: checkpoints"),
+)
+LEAST_PYTHON = (3, 10)
+LOW_DISK_BYTES = 2 << 30  # a ViT-L bundle with room to overwrite it
+NO_DISK_BYTES = 100 << 20
+FAST_FLAGS = {"avx2", "avx512f", "asimd"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        level: "ok", "note" (good to know), "warn" (a part will not work or be slow) or "fail" (required).
+        fix: what to do about it.
+    """
+
+    check: str
+    level: str
+    found: str
+    fix: str | None = None
+
+
+def check_python() -> Iterator[Finding]:
+    """Yield the interpreter's version."""
+    least = ".".join(map(str, LEAST_PYTHON))
+    good = sys.version_info[:2] >= LEAST_PYTHON
+    yield Finding(
+        "python",
+        "ok" if good else "fail",
+        platform.python_version(),
+        None if good else f"install Python {least} or newer",
+    )
+
+
+def check_packages() -> Iterator[Finding]:
+    """Yield one finding per package; a missing one of an extra is a warning."""
+    for group, level in ((REQUIRED, "fail"), (OPTIONAL, "warn")):
+        for name, module, least, extra, purpose in group:
+            fix = f"pip install 'edgeprune[{extra}]'" if extra else f"pip install '{name}>={least}'"
+            try:
+                version = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                yield Finding(name, level, f"not installed; needed for {purpose}", fix)
+                continue
+            if as_numbers(version) < as_numbers(least):
+                yield Finding(name, level, f"{version}, older than {least}", f"pip install --upgrade '{name}>={least}'")
+                continue
+            error = _import_error(module) if name == "onnxruntime" else None
+            yield (
+                Finding(name, level, f"{version} does not load: {error}", fix)
+                if error
+                else Finding(name, "ok", version)
+            )
+
+
+def check_cpu() -> Iterator[Finding]:
+    """Yield processor, instruction sets and frequency governor."""
+    from edgeprune.bench.fingerprint import take_fingerprint
+
+    machine = take_fingerprint()
+    yield Finding("processor", "ok", f"{machine.cpu_model}, {machine.usable_cores} of {machine.logical_cores} cores")
+    flags = machine.cpu_flags
+    slow = None if FAST_FLAGS & set(flags) or not flags else "expect slow inference; use a newer processor"
+    yield Finding("instruction sets", "warn" if slow else "ok", " ".join(flags) or "unknown", slow)
+    if machine.governor is not None:
+        wavering = machine.governor not in ("performance", "schedutil")
+        fix = "for benchmarks: cpupower frequency-set -g performance" if wavering else None
+        yield Finding("frequency governor", "note" if wavering else "ok", machine.governor, fix)
+
+
+def check_disk() -> Iterator[Finding]:
+    """Yield free space where bundles go and where temporary files go."""
+    for name, path in (("disk here", Path.cwd()), ("disk for temporary files", Path(tempfile.gettempdir()))):
+        free = shutil.disk_usage(path).free
+        level = "fail" if free < NO_DISK_BYTES else "warn" if free < LOW_DISK_BYTES else "ok"
+        fix = None if level == "ok" else "free some space; large models need up to 2 GiB"
+        yield Finding(name, level, f"{free / 2**30:.1f} GiB free", fix)
+
+
+def check_temporary_directory() -> Iterator[Finding]:
+    """Yield whether temporary files can be written."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix="edgeprune-") as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        yield Finding("temporary directory", "fail", f"not writable: {error}", "set TMPDIR to a writable directory")
+    else:
+        yield Finding("temporary directory", "ok", tempfile.gettempdir())
+
+
+def check_gpu() -> Iterator[Finding]:
+    """Yield whether there is an NVIDIA device; nothing here needs one."""
+    present = Path("/dev/nvidia0").exists() or Path("/etc/nv_tegra_release").exists()
+    yield Finding(
+        "gpu", "ok" if present else "note", "NVIDIA device" if present else "none: the CPU targets do not need one"
+    )
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    check_python,
+    check_packages,
+    check_cpu,
+    check_disk,
+    check_temporary_directory,
+    check_gpu,
+)
+
+
+def as_numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: "2.13.0+cpu" gives (2, 13, 0)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def _import_error(module: str) -> str | None:
+    try:
+        import_module(module)
+    except Exception as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None

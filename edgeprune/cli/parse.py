@@ -1,0 +1,139 @@
+"""Texts of options to values: sizes, ranges, KEY=VALUE pairs, label files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+
+from edgeprune.errors import InputError
+from edgeprune.models.config import ViTConfig
+
+_OWN_OPTIONS = {"image_size": "--image-size", "patch_size": "--patch-size", "num_classes": "--num-classes"}
+_BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class ImageSize(click.ParamType):
+    """224, or 224x320 for height x width."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Return (height, width)."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+)(?:[x,](\d+))?", value.strip())
+        if match is None or 0 in (sides := (int(match[1]), int(match[2] or match[1]))):
+            self.fail(f"'{value}' is not a size; expected for example 224 or 224x320 (height x width)", param, ctx)
+        return sides
+
+
+class BatchRange(click.ParamType):
+    """8, or 1:8 for any batch from 1 to 8."""
+
+    name = "BATCH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Return (smallest, largest)."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", value.strip())
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high:
+            self.fail(f"'{value}' is not a batch; expected for example 1, 8 or 1:8", param, ctx)
+        return low, high
+
+
+def key_values(texts: Iterable[str], option: str) -> dict[str, str]:
+    """Return KEY=VALUE texts as a dictionary; hyphens in keys become underscores.
+
+    Raises:
+        InputError: `key-value` when a text has no '=' or a key comes twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, found, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not found or not key or key in pairs:
+            what = f"gives '{key}' a second time" if found and key else "is not KEY=VALUE"
+            raise InputError(
+                f"{option} {text} {what}",
+                code="key-value",
+                expected="KEY=VALUE, each key once",
+                hint=f"for example {option} {'fuse=false' if 'method' in option else 'reg_tokens=4'}",
+            )
+        pairs[key] = value.strip()
+    return pairs
+
+
+def model_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Return fields of `ViTConfig` from KEY=VALUE texts, with the types the fields have.
+
+    Raises:
+        InputError: `key-value`, or `model-option` for an unknown field or a value of another type.
+    """
+    hints = get_type_hints(ViTConfig)
+    fields = [f.name for f in dataclasses.fields(ViTConfig) if f.name not in ("name", *_OWN_OPTIONS)]
+    values: dict[str, Any] = {}
+    for name, text in key_values(texts, "--model-option").items():
+        if name not in fields:
+            raise InputError(
+                f"--model-option {name}={text}: a model has no such field",
+                code="model-option",
+                expected=f"one of {', '.join(fields)}",
+                hint=f"use {_OWN_OPTIONS[name]}" if name in _OWN_OPTIONS else "run `edgeprune models` for the models",
+            )
+        values[name] = _parse_field(name, text, hints[name])
+    return values
+
+
+def _parse_field(name: str, text: str, kind: Any) -> Any:
+    try:
+        if kind is bool:
+            return _BOOLS[text.lower()]
+        if kind in (int, float, str):
+            return kind(text)
+        parts = tuple(float(part) for part in text.split(","))
+        if len(parts) == 3:
+            return parts
+        raise ValueError(text)
+    except (KeyError, ValueError):
+        words = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise InputError(
+            f"--model-option {name}={text} does not fit",
+            code="model-option",
+            expected=words.get(kind, "three numbers such as 0.5,0.5,0.5"),
+        ) from None
+
+
+def read_labels(path: Path) -> list[str]:
+    """Return class names from a file with one per line, or with a JSON list.
+
+    Raises:
+        InputError: `labels-unreadable`.
+    """
+    expected = "a text file with one class name per line, or a JSON list of names"
+    try:
+        text = path.read_text(encoding="utf-8")
+        if not text.lstrip().startswith("["):
+            labels = [line.strip() for line in text.splitlines()]
+            labels = labels[: max((i + 1 for i, label in enumerate(labels) if label), default=0)]
+        else:
+            labels = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot read the labels in {path}: {error}", code="labels-unreadable", expected=expected
+        ) from error
+    if not labels or not all(isinstance(label, str) and label for label in labels):
+        raise InputError(f"{path} does not hold class names only", code="labels-unreadable", expected=expected)
+    return labels
+
+
+def plural(count: int, noun: str) -> str:
+    """Return "1 image", "2 images"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,91 @@
+"""Tables that several verbs show of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from edgeprune.cli.ui import table
+from edgeprune.pruning.base import Where
+from edgeprune.runtime.bundle import Bundle
+from edgeprune.runtime.manifest import Macs, Manifest, ParityInfo, StageInfo
+
+
+def summary(bundle: Bundle) -> list[tuple[str, Any]]:
+    """Return what a bundle is: rows for `pairs`."""
+    m = bundle.manifest
+    return [
+        ("bundle", bundle.path),
+        ("model", f"{m.model.name}, {m.model.parameters / 1e6:.2f} M parameters"),
+        ("weights", weights_words(m)),
+        ("method", method_words(m)),
+        ("target", f"{m.target} ({m.precision}), opset {m.opset}, batch {batch_words(m.batch)}"),
+        ("graph", f"{m.lowering}, selection {m.selection}, dead rows {'left out' if m.dead_rows else 'computed'}"),
+        ("MACs", None if m.macs is None else macs_words(m.macs)),
+        ("parity", None if m.parity is None else parity_words(m.parity)),
+    ]
+
+
+def stage_rows(stages: Sequence[StageInfo]) -> Table:
+    """Return the token counts per stage."""
+    shown = table("stage", "place", ">patch tokens in", ">kept", ">fused", ">kept of all (%)")
+    for stage in stages:
+        place = "in front of block" if stage.where == Where.PRE_BLOCK.value else "inside block"
+        share = f"{100 * stage.kept / stages[0].tokens_in:.1f}"
+        counts = (str(stage.tokens_in), str(stage.kept), str(stage.fused))
+        shown.add_row(str(stage.index), f"{place} {stage.block}", *counts, share)
+    return shown
+
+
+def weights_words(manifest: Manifest) -> str:
+    """Return where the weights came from."""
+    w = manifest.weights
+    if w.source == "random":
+        return f"random (seed {w.seed}): speed is real, outputs mean nothing"
+    named = f"{w.file or w.source}{' (averaged)' if w.ema else ''}"
+    return named if w.sha256 is None else f"{named}, sha256 {w.sha256[:12]}..."
+
+
+def method_words(manifest: Manifest) -> str:
+    """Return the method with its settings."""
+    method = manifest.method
+    options = "".join(f", {key}={str(value).lower()}" for key, value in method.options.items())
+    rate = f", keep rate {method.keep_rate:g}" if method.stages else ""
+    return f"{method.name}{rate}{options}"
+
+
+def macs_words(macs: Macs) -> str:
+    """Return the multiply-accumulates of one image, dense and pruned."""
+    if macs.dense == macs.pruned:
+        return f"{macs.dense / 1e9:.3f} G; the graph computes {macs.dense_executed / 1e9:.3f} G"
+    return (
+        f"{macs.dense / 1e9:.3f} G dense, {macs.pruned / 1e9:.3f} G pruned ({macs.dense / macs.pruned:.2f}x less); "
+        f"the graphs compute {macs.dense_executed / 1e9:.3f} G and {macs.pruned_executed / 1e9:.3f} G"
+    )
+
+
+def parity_words(parity: ParityInfo) -> str:
+    """Return how well the graph agrees with PyTorch."""
+    kept = "" if parity.kept_overlap is None else f", kept tokens {parity.kept_overlap:.1%} the same"
+    return (
+        f"max relative error {parity.max_rel_error:.1e} (limit {parity.tolerance:g}), "
+        f"top-1 {parity.top1_agreement:.1%} the same{kept}; {parity.images} images"
+    )
+
+
+def batch_words(batch: Sequence[int]) -> str:
+    """Return "8" or "1 to 8"."""
+    low, high = batch
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def files_words(manifest: Manifest) -> str:
+    """Return the files with their sizes."""
+    return ", ".join(f"{name} ({size_words(info.bytes)})" for name, info in manifest.files.items())
+
+
+def size_words(size: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

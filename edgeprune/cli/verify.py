@@ -1,0 +1,54 @@
+"""`edgeprune verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprune.cli.common import BUNDLE, verb
+from edgeprune.cli.ui import Ui, pairs
+
+
+@verb(
+    "verify",
+    "Compare a bundle with PyTorch on fresh inputs.\n\nThe model is rebuilt from the manifest: with the checkpoint the "
+    "bundle was made of, or with random weights of the recorded seed. Exit code 1 when they differ.",
+)
+@click.argument("bundle", type=BUNDLE)
+@click.option("--checkpoint", metavar="PATH", help="The file the bundle was exported from; its sha256 is checked.")
+@click.option("--images", type=click.IntRange(min=1), default=8, show_default=True, help="Number of inputs.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the inputs.")
+@click.option("--tolerance", type=float, help="Largest relative error; by default that of the precision.")
+def command(
+    ui: Ui, bundle: Path, checkpoint: str | None, images: int, seed: int, tolerance: float | None
+) -> dict[str, Any]:
+    """Print the agreement."""
+    from edgeprune.runtime.bundle import load_bundle
+
+    loaded = load_bundle(bundle)
+    from edgeprune.checks.parity import check_parity, model_from_manifest, verify_bundle
+
+    with ui.steps() as report:
+        report("rebuilding the model in torch", 0.0)
+        model = model_from_manifest(loaded.manifest, checkpoint)
+        report("comparing", 0.3)
+        parity = verify_bundle(loaded, model, images=images, seed=seed, tolerance=tolerance)
+    ui.results = {"bundle": str(bundle), "seed": seed, "parity": parity.model_dump()}
+    ui.data(
+        pairs(
+            [
+                ("images", f"{parity.images} (seed {seed})"),
+                ("max absolute error", f"{parity.max_abs_error:.2e}"),
+                ("max relative error", f"{parity.max_rel_error:.2e} (limit {parity.tolerance:g})"),
+                ("top-1 agreement", f"{parity.top1_agreement:.1%}"),
+                ("kept tokens the same", None if parity.kept_overlap is None else f"{parity.kept_overlap:.2%}"),
+            ]
+        )
+    )
+    if parity.kept_overlap is None and loaded.manifest.method.stages:
+        ui.note("kept tokens are not compared: the bundle was exported without --token-outputs")
+    check_parity(parity, loaded.manifest.precision)
+    ui.note("PASSED: the bundle agrees with PyTorch")
+    return ui.results

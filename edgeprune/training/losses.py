@@ -1,0 +1,52 @@
+"""The losses of all methods, as functions of tensors. Each returns a scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def classification(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of logits [B, classes] with labels [B] int64, averaged over the batch."""
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+
+def ratio(decisions: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
+    """Squared distance of every image's kept share from the target, averaged over the batch and the stages.
+
+    Args:
+        decisions: per stage [B, N] in {0, 1}, over all initial tokens.
+        rates: per stage, the share of the initial tokens that should stay.
+
+    Source: DynamicViT (arXiv 2106.02034) eq. 18.
+    """
+    parts = [(keep.mean(1) - rate).square().mean() for keep, rate in zip(decisions, rates, strict=True)]
+    return sum(parts[1:], parts[0]) / len(parts)
+
+
+def distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL divergence of the student's class distribution from the teacher's, batch mean, temperature 1.
+
+    Args:
+        student: logits [B, classes].
+        teacher: logits [B, classes], without gradient.
+
+    Source: DynamicViT (arXiv 2106.02034) eq. 17, in the direction of the official code: KL(teacher || student).
+    """
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def token_distillation(student: Tensor, teacher: Tensor, keep: Tensor) -> Tensor:
+    """Mean squared error between token features, over the kept tokens; 0 when none is kept.
+
+    Args:
+        student: [B, N, D] normed patch features.
+        teacher: [B, N, D] the same of the dense model, without gradient.
+        keep: [B, N] in {0, 1}, the last decision, without gradient.
+
+    Source: DynamicViT (arXiv 2106.02034) eq. 16.
+    """
+    error = (student - teacher).square().mean(-1)
+    return (error * keep).sum() / keep.sum().clamp(min=1)

@@ -1,0 +1,76 @@
+"""The masked forward pass of methods that learn what to drop: all tokens stay, a policy hides the dropped ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgeprune.pruning.base import Stage, Where
+from edgeprune.pruning.model import PrunedViT
+from edgeprune.pruning.predictor import Predictor
+
+# (stage, predictor logits [B, N, 2]) -> [B, N] in {0, 1}: the stage's own choice, earlier stages not considered
+Decide = Callable[[Stage, Tensor], Tensor]
+
+
+@dataclass
+class MaskedOutput:
+    """Result of one masked pass.
+
+    Attributes:
+        logits: [B, classes].
+        features: [B, N, D] patch features behind the last LayerNorm, of dropped tokens too.
+        decisions: per stage [B, N] in {0, 1}, each at most the one before.
+    """
+
+    logits: Tensor
+    features: Tensor
+    decisions: list[Tensor] = field(default_factory=list)
+
+
+def gumbel_decision(stage: Stage, logits: Tensor) -> Tensor:
+    """Return keep decisions [B, N], drawn at temperature 1, with the gradient of the soft sample.
+
+    Source: DynamicViT (arXiv 2106.02034) eq. 9; as in the official code the noise is added to log-probabilities.
+    """
+    return F.gumbel_softmax(logits.log_softmax(-1), tau=1.0, hard=True)[..., 0]
+
+
+def masked_forward(model: PrunedViT, images: Tensor, decide: Decide = gumbel_decision) -> MaskedOutput:
+    """Run a model whose stages stand in front of blocks and have predictors; drop nothing, mask instead.
+
+    With the same choices the logits equal those of the gathering pass. Without stages it is the dense model.
+
+    Args:
+        model: every stage is `Where.PRE_BLOCK` with a `Predictor`.
+        images: [B, C, H, W] normalised.
+        decide: draws each stage's choice from its predictor's logits.
+    """
+    P = model.config.num_prefix_tokens
+    at = {stage.block: stage for stage in model.stages if stage.where is Where.PRE_BLOCK}
+    x = model.embed(images)
+    keep, policy = x.new_ones(len(x), x.shape[1] - P), None
+    decisions = []
+    for i, block in enumerate(model.blocks):
+        if i in at:
+            predictor = model.scorer_module(at[i])
+            assert isinstance(predictor, Predictor)
+            keep = decide(at[i], predictor.logits(x[:, P:], keep)) * keep
+            decisions.append(keep)
+            policy = torch.cat([keep.new_ones(len(x), P), keep], 1)
+        x = block(x, policy)
+    features = model.fc_norm(model.norm(x))[:, P:]
+    return MaskedOutput(_classify(model, x, keep), features, decisions)
+
+
+def _classify(model: PrunedViT, x: Tensor, keep: Tensor) -> Tensor:
+    """Return logits [B, classes] of x [B, P+N, D]; an average over patches runs over the kept ones."""
+    if model.config.global_pool != "avg":
+        return model.classify(x)
+    weight = keep.unsqueeze(-1)
+    patches = model.norm(x)[:, model.config.num_prefix_tokens :]
+    return model.head(model.fc_norm((patches * weight).sum(1) / weight.sum(1).clamp(min=1)))

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgeprune.data import digits, open_dataset, open_training_data
+from edgeprune.errors import EnvironmentLackError, InputError
+from edgeprune.models.registry import get_model_config
+from edgeprune.runtime.manifest import PreprocessInfo
+
+CONFIG = get_model_config("vit_digits")
+INFO = PreprocessInfo(
+    image_size=CONFIG.image_size, mean=CONFIG.mean, std=CONFIG.std, crop_pct=1.0, interpolation="bicubic"
+)
+
+
+def test_images_have_the_documented_form() -> None:
+    images, labels = digits.make_split("test", 20, 0)
+    assert (images.shape, images.dtype) == ((20, 64, 64, 3), np.uint8)
+    assert (labels.shape, labels.dtype) == ((20,), np.int64)
+    assert set(labels) <= set(range(10))
+
+
+def test_image_depends_on_its_number_alone() -> None:
+    images, labels = digits.make_split("train", 40, 3)
+    later, later_labels = digits.make_split("train", 7, 3, start=30)
+    assert np.array_equal(images[30:37], later)
+    assert np.array_equal(labels[30:37], later_labels)
+
+
+@pytest.mark.parametrize("other", [("train", 1), ("test", 0)])
+def test_another_seed_or_split_gives_other_images(other: tuple[str, int]) -> None:
+    assert not np.array_equal(digits.make_split("train", 4, 0)[0], digits.make_split(other[0], 4, other[1])[0])
+
+
+def test_splits_share_no_handwritten_digit() -> None:
+    train, train_labels = digits.source_digits("train")
+    test, test_labels = digits.source_digits("test")
+    assert (len(train), len(test)) == (1437, 360)
+    whole, _ = digits._source()
+    assert len(train) + len(test) == len(whole)
+    seen = {image.tobytes() for image in train}
+    assert not any(image.tobytes() in seen for image in test)
+    assert set(train_labels) == set(test_labels) == set(range(10))
+
+
+def test_every_class_is_held_out_in_proportion() -> None:
+    counts = np.bincount(digits.source_digits("test")[1])
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+
+
+def ink_box(ink: np.ndarray) -> np.ndarray:
+    """Return what is inside the box around the ink, 12x12, of unit norm."""
+    rows, cols = np.nonzero(ink > 0.3 * ink.max())
+    box = Image.fromarray(ink[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1].astype(np.float32))
+    vector = np.asarray(box.resize((12, 12), Image.Resampling.BILINEAR)).ravel()
+    return vector / np.linalg.norm(vector)
+
+
+def test_easiest_image_is_the_labelled_digit_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "NOISE", 0.0)
+    images, labels = digits.make_split("test", 40, 0, difficulty=0.0)
+    source, source_labels = digits.source_digits("test")
+    known = np.stack([ink_box(digit) for digit in source])
+    found = []
+    for image in images:
+        ink = np.abs(image.astype(float) - image[:1, :1]).sum(-1)
+        assert ink[16:48, 16:48].max() == ink.max()
+        found.append(source_labels[(known @ ink_box(ink[16:48, 16:48])).argmax()])
+    assert (np.array(found) == labels).mean() >= 0.9
+
+
+def test_difficulty_moves_the_digit_and_adds_fragments() -> None:
+    easy, _ = digits.make_split("test", 50, 0, difficulty=0.0)
+    hard, _ = digits.make_split("test", 50, 0, difficulty=1.0)
+    border = np.ones((64, 64), bool)
+    border[12:52, 12:52] = False
+    bright = [(images.max(-1)[:, border] > 140).mean() for images in (easy, hard)]
+    assert bright[0] < 0.01 < bright[1]
+
+
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(InputError, match="validation") as error:
+        digits.make_split("validation", 1, 0)
+    assert error.value.code == "data-split"
+
+
+def test_missing_sklearn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits._source.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(EnvironmentLackError, match="edgeprune\\[train\\]"):
+        open_training_data("digits")
+
+
+def test_evaluation_set_is_the_documented_one() -> None:
+    dataset = open_dataset("digits", limit=6)
+    images, labels = digits.make_split("test", 6, 0)
+    batches = list(dataset.batches(4, INFO))
+    assert [len(b[1]) for b in batches] == [4, 2]
+    assert np.array_equal(np.concatenate([b[1] for b in batches]), labels)
+    assert dataset.labels == [str(d) for d in range(10)]
+    np.testing.assert_allclose(
+        np.concatenate([b[0] for b in batches]), images.transpose(0, 3, 1, 2) / 127.5 - 1, atol=1e-6
+    )
+
+
+def test_inputs_equal_those_of_the_image_preprocessing() -> None:
+    from edgeprune.data.preprocess import preprocess
+
+    images, _ = digits.make_split("test", 3, 0)
+    expected = np.stack([preprocess(Image.fromarray(image), INFO) for image in images])
+    np.testing.assert_allclose(digits._inputs(images, INFO), expected, atol=1e-6)
+
+
+def test_other_image_size_is_resized() -> None:
+    info = INFO.model_copy(update={"image_size": (32, 32)})
+    pixels, _ = next(open_dataset("digits", limit=2).batches(2, info))
+    assert pixels.shape == (2, 3, 32, 32)
+
+
+def test_training_epochs_continue_one_stream() -> None:
+    stream = digits.DigitsStream(count=10)
+    labels = [
+        np.concatenate([batch[1] for batch in stream.batches(4, INFO, epoch=epoch, seed=5)]) for epoch in range(2)
+    ]
+    _, expected = digits.make_split("train", 20, 5)
+    assert np.array_equal(labels[0], expected[:8])  # the last, smaller batch is left out
+    assert np.array_equal(labels[1], expected[10:18])

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from edgeprune.pruning import METHODS, get_method
+from edgeprune.pruning.base import StageRequest
+from edgeprune.pruning.model import PrunedViT
+from edgeprune.training import losses
+from edgeprune.training.adapters import ADAPTERS, Batch, RandomGather, Setup, closed_share, with_stages
+from edgeprune.training.masking import masked_forward
+from edgeprune.training.recipes import DIGITS_RECIPES, FOLDER_RECIPES, Recipe
+from tests.helpers.reference_vit import randomize, tiny
+
+RECIPE = Recipe(source="test", epochs=1, batch_size=4, lr=1e-3, label_smoothing=0.0)
+CONFIG = tiny(depth=6)
+
+
+def setup(name: str, keep_rate: float = 0.6, recipe: Recipe = RECIPE, **options: Any) -> tuple[Setup, PrunedViT]:
+    method = get_method(name)
+    where, values = StageRequest(keep_rate), method.parse_options(options)
+    teacher = randomize(PrunedViT(CONFIG), seed=7)
+    model = randomize(PrunedViT(CONFIG, method.stages(CONFIG, where, values)))
+    return Setup(CONFIG, method, where, values, recipe, teacher), model
+
+
+def batch(epoch: float = 0.0) -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    return Batch(torch.randn(4, 3, 32, 32, generator=generator), torch.tensor([0, 1, 2, 3]), epoch)
+
+
+def test_every_method_has_an_adapter_and_recipes() -> None:
+    assert set(ADAPTERS) == set(METHODS)
+    for recipes in (DIGITS_RECIPES, FOLDER_RECIPES):
+        assert {method for method, _ in recipes} == set(METHODS)
+        assert all((method, True) in recipes for method in METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_are_finite_scalars_with_gradient(name: str) -> None:
+    made, model = setup(name)
+    parts = ADAPTERS[name](made).losses(model, batch())
+    assert all(part.ndim == 0 and part.isfinite() and part.requires_grad for part in parts.values())
+
+
+@pytest.mark.parametrize(("name", "options"), [("dense", {}), ("evit", {}), ("evit", {"fuse": "false"})])
+def test_hard_gather_trains_what_inference_runs(name: str, options: dict[str, str]) -> None:
+    made, model = setup(name, **options)
+    parts = ADAPTERS[name](made).losses(model, batch())
+    expected = losses.classification(model(batch().images), batch().labels)
+    assert list(parts) == ["classification"]
+    assert parts["classification"].item() == expected.item()
+
+
+def test_evit_gradient_flows_through_the_fused_weights() -> None:
+    made, model = setup("evit")
+    fused = with_stages(model, [s for s in model.stages if s.index == 0])
+    grads = {}
+    for fuse in (True, False):
+        stages = fused.stages if fuse else setup("evit", fuse="false")[1].stages[:1]
+        model.zero_grad()
+        with_stages(model, stages)(batch().images).square().sum().backward()
+        grads[fuse] = model.blocks[stages[0].block].attn.qkv.weight.grad.clone()
+    assert not torch.allclose(grads[True], grads[False])
+    assert made.options["fuse"] is True
+
+
+def test_keep_rate_falls_as_a_cosine() -> None:
+    assert closed_share(0, (0, 0)) == 1
+    assert closed_share(9.9, (10, 100)) == 0
+    assert closed_share(60, (10, 100)) == pytest.approx(0.5)
+    assert closed_share(110, (10, 100)) == 1
+    assert closed_share(35, (10, 100)) == pytest.approx((1 - 0.5**0.5) / 2)
+
+
+def test_keep_rate_warm_up_starts_dense_and_ends_at_the_target() -> None:
+    recipe = Recipe(source="test", epochs=9, batch_size=4, lr=1e-3, keep_warmup=(1.0, 4.0))
+    made, model = setup("evit", recipe=recipe)
+    adapter = ADAPTERS["evit"](made)
+    kept = [[s.counts.kept for s in adapter.stages(epoch)] for epoch in (0, 3, 5, 8)]  # type: ignore[union-attr]
+    assert kept[0] == []
+    assert len(kept[1]) == 3
+    assert all(a > b for a, b in zip(kept[1], kept[2], strict=True))
+    assert kept[2] == kept[3] == [s.counts.kept for s in model.stages]
+
+
+def test_training_leaves_the_stages_of_the_model_alone() -> None:
+    made, model = setup("random")
+    before = model.stages
+    RandomGather(made).losses(model, batch())
+    assert model.stages == before
+
+
+def test_random_keeps_other_tokens_for_every_image_and_step() -> None:
+    made, model = setup("random")
+    view = with_stages(model, RandomGather(made).stages(0.0))
+    first, second = (view.run(batch().images).kept[0].sort(1).values for _ in range(2))
+    assert first.shape == (4, model.stages[0].counts.kept)
+    assert len({tuple(row) for row in torch.cat([first, second]).tolist()}) == 8
+
+
+def test_dynamicvit_adds_up_its_four_losses() -> None:
+    recipe = Recipe(
+        source="t", epochs=1, batch_size=4, lr=1e-3, label_smoothing=0.1, ratio_weight=3, distill_weight=0.25,
+        token_weight=0.125,
+    )  # fmt: skip
+    made, model = setup("dynamicvit", recipe=recipe)
+    torch.manual_seed(5)
+    parts = ADAPTERS["dynamicvit"](made).losses(model, batch())
+    torch.manual_seed(5)
+    with torch.no_grad():
+        out = masked_forward(model, batch().images)
+        assert made.teacher is not None
+        dense = made.teacher(batch().images)
+        features = masked_forward(made.teacher, batch().images).features
+    expected = {
+        "classification": losses.classification(out.logits, batch().labels, 0.1),
+        "distillation": 0.25 * losses.distillation(out.logits, dense),
+        "ratio": 3 * losses.ratio(out.decisions, [0.6, 0.36, 0.216]),
+        "tokens": 0.125 * losses.token_distillation(out.features, features, out.decisions[-1]),
+    }
+    assert {k: v.item() for k, v in parts.items()} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-4
+    )
+
+
+def test_rates_follow_stages_that_were_left_out() -> None:
+    method = get_method("dynamicvit")
+    where = StageRequest(1.0, (1, 3, 4), (1.0, 0.5, 0.25))
+    stages = method.stages(CONFIG, where, {})
+    made = Setup(CONFIG, method, where, {}, RECIPE, randomize(PrunedViT(CONFIG)))
+    assert [s.index for s in stages] == [1, 2]
+    model = randomize(PrunedViT(CONFIG, stages))
+    torch.manual_seed(3)
+    parts = ADAPTERS["dynamicvit"](made).losses(model, batch())
+    torch.manual_seed(3)
+    out = masked_forward(model, batch().images)
+    assert parts["ratio"].item() == pytest.approx(2 * losses.ratio(out.decisions, [0.5, 0.25]).item(), rel=1e-5)
+
+
+def test_teacher_gets_no_gradient() -> None:
+    made, model = setup("dynamicvit")
+    assert made.teacher is not None
+    torch.stack(list(ADAPTERS["dynamicvit"](made).losses(model, batch()).values())).sum().backward()
+    assert all(parameter.grad is None for parameter in made.teacher.parameters())
