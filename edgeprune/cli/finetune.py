@@ -15,7 +15,7 @@ from edgeprune.cli.ui import Ui, pairs
 @verb(
     "finetune",
     "Train a method's weights.\n\nWrites a .safetensors file and beside it a .json with the command, the recipe, the "
-    "versions and the accuracy. The dense model may start from nothing; the other methods start from its checkpoint.",
+    "versions and the accuracy. A method that learns from a dense model, as dynamicvit does, needs its checkpoint.",
 )
 @click.option("-m", "--model", required=True, metavar="NAME", help="A name `edgeprune models` lists.")
 @click.option("--method", default="dense", show_default=True, metavar="NAME", help="See `edgeprune methods`.")

@@ -1,7 +1,7 @@
 """Cluttered digits: a small real task that needs no download.
 
-One of scikit-learn's 8x8 handwritten digits, 20 to 32 pixels tall, stands somewhere on a noisy 64x64 canvas among
-fragments of other digits; the label is the whole digit. Most patches hold nothing of use, which is what token
+One of scikit-learn's 8x8 handwritten digits, 20 to 32 pixels tall, stands at a multiple of 8 pixels on a noisy 64x64
+canvas among fragments of other digits; the label is the whole digit. Most patches hold nothing of use, which is what token
 pruning is about. Needs numpy and scikit-learn.
 """
 
@@ -24,7 +24,8 @@ EVAL_COUNT, EVAL_SEED = 2000, 0  # make_split("test", EVAL_COUNT, EVAL_SEED) is 
 
 CELLS = 8  # side of scikit-learn's digits
 MIN_SIDE, MAX_SIDE = 20.0, 32.0  # of the digit and of what the fragments are cut from, pixels
-FRAGMENTS = 6
+FRAGMENTS = 4
+GRID = 8  # pixels; places the digit may take are multiples of it
 FRAGMENT_CELLS = (2, 4)  # least and most cells per side of a fragment
 NOISE = 0.12  # peak to peak, in [0, 1] units
 TEST_EVERY = 5
@@ -109,7 +110,10 @@ def _draw(
     side = MIN_SIDE + per_sprite[..., 1] * (MAX_SIDE - MIN_SIDE)
     place = per_sprite[..., 2:4]
     place[:, -1] = 0.5 + (place[:, -1] - 0.5) * difficulty
-    top, left = (place[..., k] * (SIDE - side) for k in (0, 1))
+    corner = place * (SIDE - side)[..., None]
+    steps = np.floor((SIDE - side[:, -1:]) / GRID)  # the digit stands on the grid, fragments anywhere
+    corner[:, -1] = GRID * np.minimum(np.floor(place[:, -1] * (steps + 1)), steps)
+    top, left = corner[..., 0], corner[..., 1]
     cells = digits[pick]
     least, most = FRAGMENT_CELLS
     for axis in (0, 1):  # fragments show a window of cells only; the last sprite is the whole digit

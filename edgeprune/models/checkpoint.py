@@ -8,7 +8,7 @@ import hashlib
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,7 @@ def _tensors(entries: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def listed(names: Iterable[str], shown: int = SHOWN_KEYS) -> str:
+    """Return the first names and how many more there are, for messages."""
     names = list(names)
     more = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")

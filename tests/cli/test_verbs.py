@@ -320,5 +320,5 @@ def test_finetune_passes_every_option_on_and_says_what_is_next(
 def test_finetune_refuses_before_it_trains(cli: Cli, tmp_path: Path) -> None:
     command = ("finetune", "-m", "vit_digits", "--json", "-o")
     assert cli(*command, tmp_path / "x.pth").json["error"]["code"] == "output-suffix"
-    without = cli(*command, tmp_path / "x.safetensors", "--method", "evit", "--keep-rate", "0.7").json["error"]
+    without = cli(*command, tmp_path / "x.safetensors", "--method", "dynamicvit", "--keep-rate", "0.7").json["error"]
     assert without["code"] == "checkpoint-missing"

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgeprune.errors import EdgepruneError, EdgepruneWarning, EnvironmentLackError, InputError
+from edgeprune.models.checkpoint import load_checkpoint, load_into
+from edgeprune.models.registry import get_model_config
+from edgeprune.pruning import get_method
+from edgeprune.pruning.base import StageRequest
+from edgeprune.pruning.model import PrunedViT
+from edgeprune.training import finetune as module
+from edgeprune.training.finetune import FinetuneRequest, finetune
+from edgeprune.training.init import init_from_scratch
+
+Request = Callable[..., FinetuneRequest]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, bright on the left and on the right."""
+    path = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for side, name in enumerate(("left", "right")):
+            (path / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(0, 90, (64, 64, 3), np.uint8)
+                image[:, 32 * side : 32 * side + 32] += 120
+                Image.fromarray(image).save(path / split / name / f"{i}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a dense model for two classes, one step old."""
+    out = tmp_path_factory.mktemp("dense") / "dense.safetensors"
+    finetune(FinetuneRequest("vit_digits", out, data=f"imagefolder:{folder}", epochs=1, batch_size=24, threads=1))
+    return out
+
+
+@pytest.fixture
+def request_for(folder: Path, tmp_path: Path) -> Request:
+    """Return a function that makes a request of one epoch and one step."""
+
+    def make(**fields: Any) -> FinetuneRequest:
+        base = {"model": "vit_digits", "out": tmp_path / "out.safetensors", "data": f"imagefolder:{folder}"}
+        return FinetuneRequest(**{**base, "epochs": 1, "batch_size": 24, "lr": 1e-4, "threads": 1, **fields})
+
+    return make
+
+
+def refused(request: FinetuneRequest, kind: type[EdgepruneError] = InputError) -> EdgepruneError:
+    """Return the error of a request, which must leave nothing behind."""
+    before = sorted(request.out.parent.glob("*")) if request.out.parent.is_dir() else None
+    with pytest.raises(kind) as error:
+        finetune(request)
+    if before is not None:
+        assert sorted(request.out.parent.glob("*")) == before
+    return error.value
+
+
+@pytest.mark.parametrize("method", ["dynamicvit", "evit", "random"])
+def test_written_weights_load_into_the_pruned_model(method: str, request_for: Request, dense: Path) -> None:
+    result = finetune(request_for(method=method, keep_rate=0.7, checkpoint=str(dense)))
+    config, plugin = get_model_config("vit_digits", num_classes=2), get_method(method)
+    stages = plugin.stages(config, StageRequest(0.7), plugin.parse_options({}))
+    report = load_into(
+        model := PrunedViT(config, stages), load_checkpoint(result.path), key_prefixes=plugin.key_prefixes
+    )
+    assert report.matched == len(model.state_dict())
+    assert result.record["stages"] == [
+        {"block": s.block, "tokens_in": s.counts.tokens_in, "kept": s.counts.kept, "fused": s.counts.fused}
+        for s in stages
+    ]
+
+
+def test_dynamicvit_is_written_in_the_official_layout(request_for: Request, dense: Path) -> None:
+    result = finetune(request_for(method="dynamicvit", keep_rate=0.7, checkpoint=str(dense)))
+    names = set(load_checkpoint(result.path).tensors)
+    assert {f"score_predictor.{s}.out_conv.4.bias" for s in range(3)} <= names
+    assert not any(name.startswith("prune.") for name in names)
+
+
+def test_record_and_metadata_tell_how_the_weights_were_made(request_for: Request, dense: Path) -> None:
+    from safetensors import safe_open
+
+    request = request_for(method="evit", keep_rate=0.7, checkpoint=str(dense), seed=3)
+    result = finetune(request)
+    record = json.loads(result.record_path.read_text())
+    assert result.record_path == request.out.with_suffix(".json")
+    assert record == json.loads(json.dumps(result.record))
+    assert record["command"] == request.command()
+    assert record["started_from"]["file"] == "dense.safetensors"
+    assert (record["seed"], record["recipe"]["lr"], record["test_images"]) == (3, 1e-4, 8)
+    assert {"edgeprune", "python", "torch", "numpy"} <= set(record["versions"])
+    assert 0 <= record["top1"] <= 1
+    with safe_open(result.path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata == {
+        "format": "pt", "model": "vit_digits", "method": "evit", "keep_rate": "0.7", "seed": "3",
+        "top1": f"{result.top1:.4f}",
+    }  # fmt: skip
+
+
+def test_same_seed_writes_the_same_bytes(request_for: Request, dense: Path, tmp_path: Path) -> None:
+    files = [
+        finetune(request_for(method="random", keep_rate=0.5, checkpoint=str(dense), out=tmp_path / name)).path
+        for name in ("a.safetensors", "b.safetensors")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_command_says_everything_that_was_asked_for() -> None:
+    request = FinetuneRequest(
+        "vit_digits", Path("a b.safetensors"), "evit", 0.7, stages="1,3", method_options={"fuse": "false"}, lr=1e-4,
+        checkpoint="dense.safetensors", seed=2, threads=1,
+    )  # fmt: skip
+    assert shlex.split(request.command()) == [
+        "edgeprune", "finetune", "--model", "vit_digits", "--method", "evit", "--keep-rate", "0.7", "--stages", "1,3",
+        "--data", "digits", "--checkpoint", "dense.safetensors", "--lr", "0.0001", "--seed", "2", "--threads", "1",
+        "--method-option", "fuse=false", "--output", "a b.safetensors",
+    ]  # fmt: skip
+    assert "--keep-rate" not in FinetuneRequest("vit_digits", Path("x.safetensors")).command()
+
+
+def test_teacher_and_model_share_no_weights(request_for: Request, dense: Path) -> None:
+    job = module.resolve(request_for(method="dynamicvit", keep_rate=0.7, checkpoint=str(dense)))
+    model, _ = module.build_model(job)
+    teacher, _ = module.build_teacher(job)
+    assert teacher is not None
+    assert torch.equal(model.head.weight, teacher.head.weight)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    assert not torch.equal(model.head.weight, teacher.head.weight)
+
+
+def test_classifier_starts_anew_for_another_number_of_classes(request_for: Request, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    other = PrunedViT(get_model_config("vit_digits"))
+    save_file(other.state_dict(), tmp_path / "ten.safetensors")
+    job = module.resolve(request_for(checkpoint=str(tmp_path / "ten.safetensors")))
+    with pytest.warns(EdgepruneWarning, match="10 classes, the data has 2"):
+        model, _ = module.build_model(job)
+    assert model.head.weight.shape == (2, 96)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+
+
+def test_dense_weights_can_come_from_a_pruned_file(request_for: Request, dense: Path, tmp_path: Path) -> None:
+    pruned = finetune(request_for(method="dynamicvit", keep_rate=0.7, checkpoint=str(dense)))
+    request = request_for(checkpoint=str(pruned.path), out=tmp_path / "again.safetensors")
+    assert len(load_checkpoint(finetune(request).path).tensors) == len(load_checkpoint(dense).tensors)
+
+
+def test_threads_are_put_back(request_for: Request, dense: Path) -> None:
+    torch.set_num_threads(2)
+    finetune(request_for(checkpoint=str(dense)))
+    assert torch.get_num_threads() == 2
+
+
+def test_fresh_blocks_have_unit_scale() -> None:
+    model = PrunedViT(get_model_config("vit_digits", no_embed_class=True, reg_tokens=2))
+    init_from_scratch(model)
+    assert model.blocks[0].attn.proj.weight.std().item() == pytest.approx(96**-0.5, rel=0.1)
+    assert model.pos_embed[0].std().item() > 0.2
+
+
+# ----------------------------------------------------------------------------------------------- refusals
+
+
+def test_existing_output_is_refused_before_any_work(request_for: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_for()
+    request.out.write_bytes(b"mine")
+    monkeypatch.setattr(module, "resolve", lambda request: pytest.fail("work was done"))
+    assert refused(request).code == "output-exists"
+    assert request.out.read_bytes() == b"mine"
+
+
+def test_existing_record_is_refused(request_for: Request) -> None:
+    request = request_for()
+    request.out.with_suffix(".json").write_text("{}")
+    assert refused(request).code == "output-exists"
+
+
+def test_overwrite_replaces_both_files(request_for: Request, dense: Path) -> None:
+    request = request_for(checkpoint=str(dense), overwrite=True)
+    request.out.write_bytes(b"old")
+    request.out.with_suffix(".json").write_text("{}")
+    result = finetune(request)
+    assert load_checkpoint(result.path).tensors
+    assert json.loads(result.record_path.read_text())["model"] == "vit_digits"
+
+
+def test_output_of_another_suffix_is_refused(request_for: Request, tmp_path: Path) -> None:
+    assert refused(request_for(out=tmp_path / "model.pth")).code == "output-suffix"
+
+
+def test_output_below_a_file_is_refused(request_for: Request, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert refused(request_for(out=tmp_path / "file" / "x.safetensors")).code == "output-not-writable"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"epochs": 0}, "option"),
+        ({"batch_size": 0}, "option"),
+        ({"lr": 0.0}, "option"),
+        ({"lr": float("nan")}, "option"),
+        ({"seed": -1}, "option"),
+        ({"threads": -1}, "option"),
+        ({"method": "evit"}, "keep-rate"),
+        ({"method": "evit", "keep_rate": 7.0}, "keep-rate"),
+        ({"method": "evti"}, "method-unknown"),
+        ({"model": "vit_digit"}, "model-unknown"),
+        ({"method": "evit", "keep_rate": 0.7, "stages": "3,9"}, "stages"),
+        ({"data": "imagefolder:/nowhere"}, "data-not-found"),
+        ({"method": "dynamicvit", "keep_rate": 0.7}, "checkpoint-missing"),
+        ({"checkpoint": "nowhere.safetensors"}, "checkpoint-not-found"),
+        ({"method": "evit", "keep_rate": 0.7, "teacher": "nowhere.safetensors"}, "option"),
+    ],
+)
+def test_request_that_makes_no_sense_is_refused(fields: dict[str, Any], code: str, request_for: Request) -> None:
+    error = refused(request_for(**fields))
+    assert error.code == code
+    assert error.expected
+
+
+def test_different_classes_to_train_and_to_judge_are_refused(
+    request_for: Request, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    os.symlink(folder / "train", tmp_path / "data" / "train")
+    (tmp_path / "data" / "val").mkdir()
+    os.symlink(folder / "val" / "left", tmp_path / "data" / "val" / "left")
+    assert refused(request_for(data=f"imagefolder:{tmp_path / 'data'}")).code == "data-split"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_interrupted_training_leaves_nothing(
+    stop: type[BaseException], request_for: Request, dense: Path, tmp_path: Path
+) -> None:
+    def progress(what: str, share: float) -> None:
+        if share > 0.4:
+            raise stop
+
+    with pytest.raises(stop):
+        finetune(request_for(checkpoint=str(dense), out=tmp_path / "deep" / "x.safetensors", epochs=2), progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_writing_leaves_nothing(
+    request_for: Request, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(request_for(checkpoint=str(dense)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_leaves_nothing_and_says_so(
+    request_for: Request, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    error = refused(request_for(checkpoint=str(dense)), EnvironmentLackError)
+    assert error.code == "disk-full"
+    assert list(tmp_path.iterdir()) == []
