@@ -1,8 +1,8 @@
 """Cluttered digits: a small real task that needs no download.
 
 One of scikit-learn's 8x8 handwritten digits, 20 to 32 pixels tall, stands at a multiple of 8 pixels on a noisy 64x64
-canvas among fragments of other digits; the label is the whole digit. Most patches hold nothing of use, which is what token
-pruning is about. Needs numpy and scikit-learn.
+canvas among fragments of other digits; the label is the whole digit. Most patches hold nothing of use, which is
+what token pruning is about. Needs numpy and scikit-learn.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def train(
     Raises:
         BuildError: `training-diverged` when the loss is no longer a number.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, fused=True)
     steps = max(1, len(data) // min(recipe.batch_size, len(data)))
     log: list[EpochLog] = []
     with torch.random.fork_rng(devices=[]):

@@ -18,3 +18,22 @@ FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 def plugin_attributes() -> list[OpSchema.Attribute]:
     """Return the attributes every op carries for TensorRT."""
     return [OpSchema.Attribute(name, OpSchema.AttrType.STRING, required=True) for name in PLUGIN_FIELDS]
+
+
+# From patch positions [B, K] to kept [B, P+K, D]: the prefix and those rows of tokens [B, P+N, D], for any batch.
+GATHER_POSITIONS = """
+  one = Constant <value_ints = [1]> ()
+  zero = Constant <value_ints = [0]> ()
+  minus_one = Constant <value_ints = [-1]> ()
+  prefix_value = Constant <value_int: int = @num_prefix_tokens> ()
+  patch_rows = Add (positions, prefix_value)
+  first = Slice (positions, zero, one, one)
+  zeros = Sub (first, first)
+  start = Constant <value_int = 0> ()
+  step = Constant <value_int = 1> ()
+  prefix_range = Range (start, prefix_value, step)
+  prefix_rows = Add (zeros, prefix_range)
+  rows = Concat <axis = 1> (prefix_rows, patch_rows)
+  rows_at = Unsqueeze (rows, minus_one)
+  kept = GatherND <batch_dims = 1> (tokens, rows_at)
+""".strip()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from onnx.defs import OpSchema
 
-from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, plugin_attributes
+from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, GATHER_POSITIONS, plugin_attributes
 
 NAME = "GatherTokens"
 
@@ -45,20 +45,7 @@ def body(opset: int) -> str:
 <domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {DOMAIN_VERSION}]>
 {NAME} <num_prefix_tokens, plugin_namespace, plugin_version> (tokens, indices) => (kept)
 {{
-  one = Constant <value_ints = [1]> ()
-  zero = Constant <value_ints = [0]> ()
-  minus_one = Constant <value_ints = [-1]> ()
   positions = Cast <to = 7> (indices)
-  prefix_value = Constant <value_int: int = @num_prefix_tokens> ()
-  patch_rows = Add (positions, prefix_value)
-  first = Slice (positions, zero, one, one)
-  zeros = Sub (first, first)
-  start = Constant <value_int = 0> ()
-  step = Constant <value_int = 1> ()
-  prefix_range = Range (start, prefix_value, step)
-  prefix_rows = Add (zeros, prefix_range)
-  rows = Concat <axis = 1> (prefix_rows, patch_rows)
-  rows_at = Unsqueeze (rows, minus_one)
-  kept = GatherND <batch_dims = 1> (tokens, rows_at)
+  {GATHER_POSITIONS}
 }}
 """

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from onnx.defs import OpSchema
 
-from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, plugin_attributes
+from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, GATHER_POSITIONS, plugin_attributes
 
 NAME = "TopKGather"
 
@@ -69,6 +69,7 @@ def body(opset: int, order: int, mode: int) -> str:
   count = ReduceSum <keepdims = 0> (above_int, one)""",
         2: """
   limit = Constant <value_float: float = @threshold> ()
+  two = Constant <value_ints = [2]> ()
   shape = Shape (scores)
   n_list = Slice (shape, one, two)
   sorted_scores, sorted_ranks = TopK <axis = 1, largest = 1, sorted = 1> (ranked, n_list)
@@ -91,32 +92,19 @@ def body(opset: int, order: int, mode: int) -> str:
 {NAME} <k, num_prefix_tokens, order, mode, threshold, plugin_namespace, plugin_version>
   (scores, tokens) => (kept, indices, count)
 {{
-  one = Constant <value_ints = [1]> ()
-  two = Constant <value_ints = [2]> ()
-  zero = Constant <value_ints = [0]> ()
-  minus_one = Constant <value_ints = [-1]> ()
   missing = IsNaN (scores)
   last = Constant <value_float = -3.4e38> ()
   low = Constant <value_float = -3.0e38> ()
   bounded = Max (scores, low)
   ranked = Where (missing, last, bounded)
   k_value = Constant <value_int: int = @k> ()
-  k_list = Reshape (k_value, one)
+  k_shape = Constant <value_ints = [1]> ()
+  k_list = Reshape (k_value, k_shape)
   top_scores, ranks = TopK <axis = 1, largest = 1, sorted = 1> (ranked, k_list)
   {positions}
   indices = Cast <to = 6> (positions)
-  prefix_value = Constant <value_int: int = @num_prefix_tokens> ()
-  patch_rows = Add (positions, prefix_value)
-  first = Slice (positions, zero, one, one)
-  zeros = Sub (first, first)
+  {GATHER_POSITIONS}
   zeros_flat = Reshape (zeros, minus_one)
-  start = Constant <value_int = 0> ()
-  step = Constant <value_int = 1> ()
-  prefix_range = Range (start, prefix_value, step)
-  prefix_rows = Add (zeros, prefix_range)
-  rows = Concat <axis = 1> (prefix_rows, patch_rows)
-  rows_at = Unsqueeze (rows, minus_one)
-  kept = GatherND <batch_dims = 1> (tokens, rows_at)
   {count.strip()}
 }}
 """

@@ -72,9 +72,7 @@ class OrtCpuDialect(PlainDialect):
         queries, tokens = counts
         inputs = [self.to_tokens(g, q, queries), keys, self.to_tokens(g, v, tokens)]
         shape = [g.batch, queries, q.shape[-1]]
-        context = g.node(
-            "MultiHeadAttention", inputs, shape=shape, name="context", domain=MICROSOFT, num_heads=heads
-        )
+        context = g.node("MultiHeadAttention", inputs, shape=shape, name="context", domain=MICROSOFT, num_heads=heads)
         return self.to_rows(g, context)
 
     def class_attention(self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from edgeprune.errors import EdgepruneError, EdgepruneWarning, EnvironmentLackError, InputError
-from edgeprune.models.checkpoint import load_checkpoint, load_into
+from edgeprune.models.checkpoint import load_checkpoint
+from edgeprune.models.fit import load_into
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import StageRequest
@@ -236,13 +237,11 @@ def test_request_that_makes_no_sense_is_refused(fields: dict[str, Any], code: st
     assert error.expected
 
 
-def test_different_classes_to_train_and_to_judge_are_refused(
-    request_for: Request, folder: Path, tmp_path: Path
-) -> None:
+def test_different_classes_in_the_splits_are_refused(request_for: Request, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    os.symlink(folder / "train", tmp_path / "data" / "train")
+    (tmp_path / "data" / "train").symlink_to(folder / "train")
     (tmp_path / "data" / "val").mkdir()
-    os.symlink(folder / "val" / "left", tmp_path / "data" / "val" / "left")
+    (tmp_path / "data" / "val" / "left").symlink_to(folder / "val" / "left")
     assert refused(request_for(data=f"imagefolder:{tmp_path / 'data'}")).code == "data-split"
 
 
