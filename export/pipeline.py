@@ -22,11 +22,12 @@ from edgeprune.errors import InternalError
 from edgeprune.export.emit.emitter import emit_graph
 from edgeprune.export.lint import LintContext, run_lint
 from edgeprune.export.passes.eliminate_dead_rows import eliminate_dead_rows
+from edgeprune.export.passes.fold_keys_and_values import fold_keys_and_values
 from edgeprune.export.plan import Plan
 from edgeprune.export.targets.base import Target
 from edgeprune.export.writer import WeightStore, write_graph
 
-PLAN_PASSES = (eliminate_dead_rows,)
+PLAN_PASSES = (eliminate_dead_rows, fold_keys_and_values)
 
 
 def run_plan_passes(plan: Plan) -> Plan:

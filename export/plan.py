@@ -47,6 +47,8 @@ class Block:
         tokens_out: rows that leave it.
         query_rows: rows whose query and attention output are computed.
         projected_rows: rows that pass the output projection; the MLP sees these, or what the stage leaves of them.
+        folded: few queries read all rows, so the key and value projections are applied to the queries and to the
+            weighted sums instead of to every row.
     """
 
     index: int
@@ -55,6 +57,7 @@ class Block:
     stage: Stage | None = None
     query_rows: Rows = Rows.ALL
     projected_rows: Rows = Rows.ALL
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Plan:
 
     def describe(self) -> list[str]:
         """Return one line per step, for people."""
-        return [f"{_describe(step):<60} {count / 1e6:9.1f} MMACs" for step, count in self.macs_by_step()]
+        return [f"{_describe(step):<72} {count / 1e6:9.1f} MMACs" for step, count in self.macs_by_step()]
 
 
 def build_plan(
@@ -150,7 +153,10 @@ def _step_macs(config: ViTConfig, step: Step) -> int:
     queries = rows_count(config, step, step.query_rows)
     projected = rows_count(config, step, step.projected_rows)
     mlp = min(projected, step.tokens_out)
-    attention = 2 * step.tokens_in * D * D + queries * D * D + 2 * queries * step.tokens_in * D
+    if step.folded:
+        attention = 3 * queries * D * D + 2 * queries * config.num_heads * step.tokens_in * D
+    else:
+        attention = 2 * step.tokens_in * D * D + queries * D * D + 2 * queries * step.tokens_in * D
     scoring = 0
     if step.query_rows is Rows.KEPT and step.stage is not None and step.stage.scorer.needs is Needs.CLASS_ATTENTION:
         scoring = D * D + step.tokens_in * D  # the CLS query and its products, ahead of the selection
@@ -168,7 +174,8 @@ def _describe(step: Step) -> str:
     if step.stage is not None:
         text += f" -> {step.tokens_out}"
     if step.query_rows is not Rows.ALL or step.projected_rows is not Rows.ALL:
-        text += f"  (queries: {step.query_rows.value}, projected: {step.projected_rows.value})"
+        folded = ", keys and values folded" if step.folded else ""
+        text += f"  (queries: {step.query_rows.value}, projected: {step.projected_rows.value}{folded})"
     return text
 
 

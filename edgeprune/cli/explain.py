@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import tempfile
 import traceback
 
@@ -18,12 +19,14 @@ from edgeprune.errors import (
     missing_package,
 )
 
-TERMINATED, INTERRUPTED = 143, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def explain(raised: BaseException, ui: Ui) -> tuple[EdgepruneError, int]:
     """Return the error to show for an exception, and the exit code."""
+    if ui.signal or isinstance(raised, (KeyboardInterrupt, click.Abort)):
+        number = ui.signal or signal.SIGINT
+        return _interruption("interrupted" if number == signal.SIGINT else "terminated", ui), 128 + number
     if isinstance(raised, EdgepruneError):
         return raised, raised.exit_code
     if isinstance(raised, click.UsageError):
@@ -32,10 +35,6 @@ def explain(raised: BaseException, ui: Ui) -> tuple[EdgepruneError, int]:
         return InputError(raised.format_message(), code="usage", hint=hint), 2
     if isinstance(raised, click.ClickException):
         return InputError(raised.format_message(), code="usage"), 2
-    if isinstance(raised, (KeyboardInterrupt, click.Abort)):
-        return _interruption("interrupted", ui), INTERRUPTED
-    if isinstance(raised, SystemExit):
-        return _interruption("terminated", ui), TERMINATED
     lack = _find_lack(raised, ui)
     if lack is not None:
         return lack, lack.exit_code

@@ -123,7 +123,7 @@ def _request(
         )
     if fields["ema"] and checkpoint is None:
         raise InputError("--ema without --checkpoint", code="weights", expected="--ema with --checkpoint only")
-    settings = {
+    settings: dict[str, Any] = {
         "method_options": parse.key_values(method_option, "--method-option"),
         "model_options": parse.model_options(model_option),
         "labels": None if labels is None else parse.read_labels(labels),

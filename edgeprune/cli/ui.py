@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +36,7 @@ class Ui:
         command: the verb that runs.
         results: what the verb found, for the envelope; set early when a check may fail afterwards.
         warnings: every EdgepruneWarning of the command, once.
+        signal: the one that asked the command to stop, 0 for none.
         written: what is finished on disk, named when the command is interrupted.
     """
 
@@ -47,6 +47,7 @@ class Ui:
     command: str | None = None
     results: Any = None
     warnings: list[str] = field(default_factory=list)
+    signal: int = 0
     written: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -81,6 +82,8 @@ class Ui:
         if self.quiet or not self.progress:
             yield lambda step, share: None
         elif self.err.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
             with Progress(*columns, console=self.err, transient=True) as bar:
                 task = bar.add_task("starting", total=1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -62,10 +63,9 @@ def write_output(
     except ImportError as error:
         raise missing_package("safetensors", "train", "writing weights") from error
 
-    contents = {
-        out: save(dict(tensors), dict(metadata)),
-        record_path(out): (json.dumps(record, indent=1) + "\n").encode(),
-    }
+    weights = save(dict(tensors), dict(metadata))
+    record = {"file": out.name, "sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights), **record}
+    contents = {out: weights, record_path(out): (json.dumps(record, indent=1) + "\n").encode()}
     parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in contents}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,10 @@ def emit_block(e: Emission, step: Block) -> None:
     config, block = e.plan.config, f"blocks.{step.index}"
     with e.g.scope(block):
         normed = e.layer_norm("norm1", e.rows, f"{block}.norm1", config.norm_eps)
+        if step.folded:
+            x, queries = (first_rows(e, rows, config.num_head_tokens) for rows in (e.rows, normed))
+            emit_rest(e, step, x, emit_folded_attention(e, step, queries, normed))
+            return
         keys = e.dialect.keys(e.g, project(e, step, normed, "k"), e.tokens, config.num_heads)
         values = project(e, step, normed, "v")
         x, queries = e.rows, normed
@@ -50,13 +54,68 @@ def emit_block(e: Emission, step: Block) -> None:
             context = e.dialect.attention(e.g, q, keys, values, counts, config.num_heads)
         if step.projected_rows is Rows.KEPT and fuses(step.stage):
             x, context = selection.emit_fuse_before_projection(e, step, x, context, normed, keys)
-        x = add(e, x, branch(e, "attn.proj", context, f"{block}.attn.proj", f"{block}.ls1.gamma"), "attn.residual")
-        if step.stage is not None and step.projected_rows is Rows.ALL:
-            x = selection.emit_mid_block(e, step, x, normed, keys)
-        e.tokens = step.tokens_out
-        h = e.layer_norm("norm2", x, f"{block}.norm2", config.norm_eps)
-        h = e.dialect.gelu(e.g, "mlp.gelu", e.linear("mlp.fc1", h, f"{block}.mlp.fc1"))
-        e.rows = add(e, x, branch(e, "mlp.fc2", h, f"{block}.mlp.fc2", f"{block}.ls2.gamma"), "mlp.residual")
+        emit_rest(e, step, x, context, normed, keys)
+
+
+def emit_rest(
+    e: Emission,
+    step: Block,
+    x: gs.Tensor,
+    context: gs.Tensor,
+    normed: gs.Tensor | None = None,
+    keys: gs.Tensor | None = None,
+) -> None:
+    """What follows the attention product: projection, residual, a stage on all rows, MLP."""
+    block = f"blocks.{step.index}"
+    x = add(e, x, branch(e, "attn.proj", context, f"{block}.attn.proj", f"{block}.ls1.gamma"), "attn.residual")
+    if step.stage is not None and step.projected_rows is Rows.ALL:
+        x = selection.emit_mid_block(e, step, x, normed, keys)
+    e.tokens = step.tokens_out
+    h = e.layer_norm("norm2", x, f"{block}.norm2", e.plan.config.norm_eps)
+    h = e.dialect.gelu(e.g, "mlp.gelu", e.linear("mlp.fc1", h, f"{block}.mlp.fc1"))
+    e.rows = add(e, x, branch(e, "mlp.fc2", h, f"{block}.mlp.fc2", f"{block}.ls2.gamma"), "mlp.residual")
+
+
+def emit_folded_attention(e: Emission, step: Block, queries: gs.Tensor, normed: gs.Tensor) -> gs.Tensor:
+    """Attention of the classifier's rows over all rows without keys and values; see `fold_keys_and_values`.
+
+    Args:
+        e: the graph that grows.
+        step: the block.
+        queries: normed rows that ask, R = batch * num_head_tokens of them.
+        normed: all normed rows.
+
+    Returns:
+        what the output projection takes, in the layout of rows.
+    """
+    g, dialect, config = e.g, e.dialect, e.plan.config
+    D, H, d, P = config.embed_dim, config.num_heads, config.head_dim, config.num_head_tokens
+    R = g.batch * P if isinstance(g.batch, int) else None
+    key = f"blocks.{step.index}.attn.qkv"
+    weight, bias = g.weights[f"{key}.weight"].reshape(3, H, d, D), g.weights.get(f"{key}.bias")
+
+    def by_head(x: gs.Tensor, width: int, name: str) -> gs.Tensor:
+        """[.., H * width] -> [H, R, width]."""
+        return g.transpose(g.reshape(x, [R, H, width], name=f"{name}.split"), [1, 0, 2], name=name)
+
+    q = project(e, step, queries, "q")
+    with g.scope("attn"):
+        tokens = dialect.to_tokens(g, normed, e.tokens)
+        q = by_head(q, d, "q_by_head")
+        folded = g.node("MatMul", [q, g.constant(f"{key}.k.by_head", weight[1])], shape=[H, R, D], name="q_folded")
+        folded = g.reshape(g.transpose(folded, [1, 0, 2], name="q_rows"), [g.batch, P * H, D], name="q_tokens")
+        logits = dialect.matmul_transposed(g, "logits", folded, tokens, d**-0.5)
+        weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
+        mixed = g.node("MatMul", [weights, tokens], shape=[g.batch, P * H, D], name="mixed")
+        mixed = by_head(mixed, D, "mixed_by_head")
+        value_weight = g.constant(f"{key}.v.by_head", weight[2].transpose(0, 2, 1))
+        context = g.node("MatMul", [mixed, value_weight], shape=[H, R, d], name="values")
+        context = g.reshape(g.transpose(context, [1, 0, 2], name="merge"), [g.batch, P, D], name="merged")
+        if bias is not None:
+            context = g.node(
+                "Add", [context, g.constant(f"{key}.v.bias", bias[2 * D :])], shape=context.shape, name="bias"
+            )
+        return dialect.to_rows(g, context)
 
 
 def emit_head(e: Emission, step: Head) -> None:

@@ -6,6 +6,7 @@ import onnx
 from onnx import helper
 
 from edgeprune.export.lint import Finding, LintContext
+from edgeprune.export.ops import DOMAIN, topk_gather
 from edgeprune.export.plan import Block
 
 
@@ -32,7 +33,7 @@ def tokens_shrink(context: LintContext) -> list[Finding]:
 def infer_shapes(model: onnx.ModelProto, batch: int) -> dict[str, list[int | None]]:
     """Return the shape of every tensor for a batch, inferred without the shapes the emitter wrote down.
 
-    Operators of ONNX Runtime are replaced by standard ones of the same shape first.
+    Operators of ONNX Runtime and our own are replaced by standard ones of the same shape first.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -49,6 +50,8 @@ def infer_shapes(model: onnx.ModelProto, batch: int) -> dict[str, list[int | Non
 
 
 def _same_shape(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    if node.domain == DOMAIN:
+        return _selection_of_same_shape(node)
     if node.domain != "com.microsoft":
         return [node]
     if node.op_type in ("MultiHeadAttention", "Gelu"):
@@ -60,3 +63,35 @@ def _same_shape(node: onnx.NodeProto) -> list[onnx.NodeProto]:
             helper.make_node("MatMul", [node.input[0], turned], list(node.output)),
         ]
     return [node]
+
+
+def _selection_of_same_shape(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return nodes whose outputs have the shapes of a TopKGather or GatherTokens; K and P are attributes."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    P, name = attributes["num_prefix_tokens"], node.output[0]
+
+    def ints(label: str, *values: int) -> onnx.NodeProto:
+        return helper.make_node("Constant", [], [f"{name}.{label}"], value_ints=values)
+
+    bounds = [ints("zero", 0), ints("one", 1), ints("minus_one", -1), ints("prefix", P)]
+    zero, one, minus_one, prefix = (constant.output[0] for constant in bounds)
+    if node.op_type == topk_gather.NAME:
+        scores, tokens = node.input
+        kept, indices, count = node.output
+        k, rows = ints("k", attributes["k"]), ints("rows", P + attributes["k"])
+        return [
+            *(*bounds, k, rows),
+            helper.make_node("Slice", [tokens, zero, rows.output[0], one], [kept]),
+            helper.make_node("Slice", [scores, zero, k.output[0], one], [f"{name}.best"]),
+            helper.make_node("Cast", [f"{name}.best"], [indices], to=6),
+            helper.make_node("ReduceSum", [indices, one], [count], keepdims=0),
+        ]
+    tokens, indices = node.input
+    return [
+        *bounds,
+        helper.make_node("Cast", [indices], [f"{name}.positions"], to=7),
+        helper.make_node("Unsqueeze", [f"{name}.positions", minus_one], [f"{name}.at"]),
+        helper.make_node("GatherND", [tokens, f"{name}.at"], [f"{name}.best"], batch_dims=1),
+        helper.make_node("Slice", [tokens, zero, prefix, one], [f"{name}.first"]),
+        helper.make_node("Concat", [f"{name}.first", f"{name}.best"], [name], axis=1),
+    ]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgeprune.cli.app import run
 from edgeprune.cli.common import verb
-from edgeprune.cli.main import run
 from edgeprune.runtime.bundle import Bundle
 
 DIGITS = ("-m", "vit_digits", "--random-weights")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edgeprune.cli.main import VERBS
+from edgeprune.cli.app import VERBS
 from edgeprune.cli.ui import Ui
 from edgeprune.errors import CheckFailed, EdgepruneWarning, InputError
 from tests.cli.conftest import Cli
@@ -171,6 +171,40 @@ def test_terminate_unwinds_and_exits_with_143(cli: Cli, fake_verb: Fake) -> None
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_signal_counts_when_a_library_turns_its_exception_into_another(cli: Cli, fake_verb: Fake) -> None:
+    def body(ui: Ui) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+        except KeyboardInterrupt:
+            raise RecursionError("import failed") from None
+
+    result = cli(fake_verb(body))
+    assert result.code == 130
+    assert "interrupted, nothing was written" in result.err
+
+
+def test_ignored_signal_stays_ignored(cli: Cli, fake_verb: Fake) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert cli(fake_verb(lambda ui: os.kill(os.getpid(), signal.SIGINT))).code == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_while_starting_is_quiet() -> None:
+    script = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from edgeprune.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "edgeprune: error [interrupted]: interrupted\n")
+
+
 def test_closed_pipe_is_silent() -> None:
     command = f"{sys.executable} -m edgeprune models --json | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -222,7 +256,7 @@ def test_no_colour_reaches_a_pipe_or_no_color(cli: Cli, monkeypatch: pytest.Monk
 def test_starting_loads_no_heavy_package() -> None:
     heavy = ("torch", "onnx", "onnxruntime", "sklearn", "huggingface_hub", "openvino")
     script = (
-        "import sys; from edgeprune.cli.main import run, VERBS\n"
+        "import sys; from edgeprune.cli.app import run, VERBS\n"
         "codes = [run([v, '--help']) for v in VERBS] + [run(['models', '-q'])]\n"
         f"loaded = [m for m in {heavy} if m in sys.modules]\n"
         "sys.exit(str(loaded) if loaded or any(codes) else 0)"

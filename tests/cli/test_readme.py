@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.cli.main import VERBS, cli
+from edgeprune.cli.app import VERBS, cli
 from edgeprune.cli.ui import Ui
 from edgeprune.export.targets.registry import TARGETS
 from edgeprune.models.registry import MODELS

@@ -209,7 +209,7 @@ def test_inspect_and_run_need_neither_torch_nor_onnx(digits_bundle: Bundle, imag
     script = (
         "import sys\n"
         "for name in ('torch', 'onnx', 'onnx_graphsurgeon', 'sklearn'): sys.modules[name] = None\n"
-        "from edgeprune.cli.main import run\n"
+        "from edgeprune.cli.app import run\n"
         f"bundle, image = {str(digits_bundle.path)!r}, {str(image)!r}\n"
         "codes = [run(['inspect', bundle]), run(['run', bundle, image]), run(['models']), run(['methods'])]\n"
         "codes += [run(['bench', bundle, '--rounds', '2', '--against', 'dense'])]\n"

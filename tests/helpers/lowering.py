@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ import onnxruntime as ort
 import torch
 
 from edgeprune.export.emit.weights import weight_arrays
-from edgeprune.export.passes.eliminate_dead_rows import eliminate_dead_rows
-from edgeprune.export.pipeline import lower
+from edgeprune.export.pipeline import PLAN_PASSES, lower
 from edgeprune.export.plan import Plan, build_plan
 from edgeprune.export.targets.registry import TARGETS
 from edgeprune.export.writer import WeightStore
@@ -22,6 +21,8 @@ from edgeprune.models.config import ViTConfig
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Stage, StageRequest, parse_stages
 from edgeprune.pruning.model import PrunedViT
+
+PlanPass = Callable[[Plan], Plan]
 
 
 def small(**fields: Any) -> ViTConfig:
@@ -79,15 +80,16 @@ def lowered(
     *,
     target: str = "onnx",
     batch: tuple[int, int] = (1, 1),
-    dead_rows: bool = True,
+    passes: Sequence[PlanPass] = PLAN_PASSES,
     token_outputs: bool = True,
     opset: int = 17,
     selection: str = "native",
     name: str = "model",
 ) -> Lowered:
-    """Lower a model; dead rows stay when they are asked for."""
+    """Lower a model with some plan passes; none of them computes every row."""
     plan = build_plan(model.config, model.stages, batch=batch, token_outputs=token_outputs)
-    plan = eliminate_dead_rows(plan) if dead_rows else plan
+    for plan_pass in passes:
+        plan = plan_pass(plan)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.onnx"
     with WeightStore(folder / f"{name}.onnx.data") as store:

@@ -75,6 +75,11 @@ class OrtCpuDialect(PlainDialect):
         context = g.node("MultiHeadAttention", inputs, shape=shape, name="context", domain=MICROSOFT, num_heads=heads)
         return self.to_rows(g, context)
 
+    def matmul_transposed(self, g: GraphBuilder, name: str, a: gs.Tensor, b: gs.Tensor, scale: float) -> gs.Tensor:
+        """Return scale * a b^T in one product that reads b as it lies."""
+        shape = [a.shape[0], a.shape[1], b.shape[1]]
+        return g.node("FusedMatMul", [a, b], shape=shape, name=name, domain=MICROSOFT, transB=1, alpha=scale)
+
     def class_attention(self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
         """Return the CLS query's attention, mean over heads, [B, T].
 
@@ -85,9 +90,6 @@ class OrtCpuDialect(PlainDialect):
         diagonal = np.repeat(np.eye(heads, dtype=np.float32), D // heads, axis=1)[None]
         mask = g.constant(f"const.heads_{heads}_{D}", diagonal)
         spread = g.node("Mul", [q, mask], shape=[B, heads, D], name="spread")
-        shape, scale = [B, heads, tokens], (D // heads) ** -0.5
-        logits = g.node(
-            "FusedMatMul", [spread, keys], shape=shape, name="logits", domain=MICROSOFT, transB=1, alpha=scale
-        )
+        logits = self.matmul_transposed(g, "logits", spread, keys, (D // heads) ** -0.5)
         weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
         return g.reduce("ReduceMean", weights, 1, keepdims=False, name="scores")

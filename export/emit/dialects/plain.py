@@ -114,6 +114,12 @@ class PlainDialect:
         merged = g.transpose(context, [0, 2, 1, 3], name="merge")
         return self.to_rows(g, g.reshape(merged, [B, queries, D], name="merged"))
 
+    def matmul_transposed(self, g: GraphBuilder, name: str, a: gs.Tensor, b: gs.Tensor, scale: float) -> gs.Tensor:
+        """Return scale * a b^T, [B, M, T] of a [B, M, D] and b [B, T, D]."""
+        a = g.node("Mul", [a, g.scalar(scale)], shape=a.shape, name=f"{name}.scaled")
+        b = g.transpose(b, [0, 2, 1], name=f"{name}.turned")
+        return g.node("MatMul", [a, b], shape=[a.shape[0], a.shape[1], b.shape[2]], name=name)
+
     def class_attention(self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
         """Return the CLS query's attention, mean over heads, [B, T]; q is the query [B, 1, D]."""
         B, D = g.batch, q.shape[-1]

@@ -1,4 +1,4 @@
-"""Dead rows are removed exactly: the plan is narrower and the outputs are the same."""
+"""The plan passes are exact: fewer rows and products are computed and the outputs are the same."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 
 from edgeprune.export.lint.tokens_shrink import infer_shapes
 from edgeprune.export.passes.eliminate_dead_rows import eliminate_dead_rows
+from edgeprune.export.passes.fold_keys_and_values import fold_keys_and_values
+from edgeprune.export.pipeline import PLAN_PASSES
 from edgeprune.export.plan import Block, Head, Plan, Rows, build_plan
 from edgeprune.models.registry import get_model_config
 from tests.helpers.lowering import Lowered, lowered, noise, random_model, reference, relative_error, small, stages_of
@@ -42,14 +44,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def both(folder: Path, fields: dict[str, Any], method: str, target: str, batch: tuple[int, int], **stages: Any) -> Any:
-    """Return the graph without dead rows, the one with them, and the torch model."""
+    """Return the graph after the plan passes, the one without any, and the torch model."""
     config = small(**{"depth": 3, **fields})
     name, options = METHODS[method]
     text = stages.get("text", "1")
     model = random_model(config, stages_of(config, name, stages.get("keep_rate", 0.6), text, **options))
-    made = [
-        lowered(model, folder / str(flag), target=target, batch=batch, dead_rows=not flag) for flag in (False, True)
-    ]
+    passes = stages.get("passes", PLAN_PASSES)
+    made = [lowered(model, folder / str(len(p)), target=target, batch=batch, passes=p) for p in (passes, ())]
     return (*made, model)
 
 
@@ -113,8 +114,8 @@ def test_fusing_before_the_projection_is_exact_when_weights_are_large(tmp_path: 
     config = small(depth=2)
     model = random_model(config, stages_of(config, "evit", 0.5, "1"))
     model.blocks[1].attn.proj.bias.data.mul_(50)
-    made = [lowered(model, tmp_path / str(dead), target=target, dead_rows=not dead) for dead in (False, True)]
-    assert_same_outputs(made[0], made[1], model)
+    narrow, whole = (lowered(model, tmp_path / str(len(p)), target=target, passes=p) for p in (PLAN_PASSES, ()))
+    assert_same_outputs(narrow, whole, model)
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -228,7 +229,8 @@ def test_pruning_block_of_the_graph_computes_the_survivors(tmp_path: Path, targe
 
 
 def test_weights_of_both_graphs_are_the_same_tensors(tmp_path: Path) -> None:
-    without, with_dead, _ = both(tmp_path, {}, "evit unfused", "ort-cpu", (1, 1))
+    narrow = (eliminate_dead_rows,)
+    without, with_dead, _ = both(tmp_path, {}, "evit unfused", "ort-cpu", (1, 1), passes=narrow)
 
     def large(model: onnx.ModelProto) -> set[str]:
         return {t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
