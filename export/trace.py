@@ -37,7 +37,7 @@ def trace_graph(module: nn.Module, example: np.ndarray, batch: tuple[int, int]) 
     images = torch.from_numpy(np.repeat(example, max(2, batch[1]) if batch[0] != batch[1] else batch[0], axis=0))
     dynamic = ({0: torch.export.Dim("batch", min=batch[0], max=batch[1])},) if batch[0] != batch[1] else None
     try:
-        with _quiet():
+        with quiet_exporter():
             program = torch.onnx.export(
                 module,
                 (images,),
@@ -102,7 +102,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep torch's exporter from printing advice to its own developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

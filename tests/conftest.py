@@ -11,7 +11,9 @@ settings.load_profile("edgeprune")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt from what is computed now")
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite tests/golden/*.txt from what is computed now"
+    )
 
 
 @pytest.fixture

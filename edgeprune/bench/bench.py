@@ -16,8 +16,9 @@ import numpy as np
 
 from edgeprune.bench import fingerprint as env
 from edgeprune.bench.measure import QUICK, Clock, MeasurePlan, Progress, Runner, measure
-from edgeprune.bench.naive import config_from_manifest, export_naive_dense
+from edgeprune.bench.naive import export_naive_dense
 from edgeprune.bench.result import BenchResult, BenchSetting, MachineResult, RatioClock, summarise
+from edgeprune.checks.parity import config_from_manifest
 from edgeprune.errors import InputError
 from edgeprune.runtime.bundle import Bundle, load_bundle
 
@@ -70,8 +71,7 @@ def bench_bundle(
         runners, warnings = bundle_runners(bundle, images, threads=threads, against=against)
         if "naive" in against:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-naive-"))
-            architecture = config_from_manifest(manifest.model.config, manifest.model.name)
-            path = export_naive_dense(architecture, Path(directory), batch=batch, seed=seed)
+            path = export_naive_dense(config_from_manifest(manifest), Path(directory), batch=batch, seed=seed)
             runners["naive"] = onnx_runner(path, images, threads=threads)
         watch = _MachineWatch(progress)
         measurement = measure(runners, plan, clock=clock, progress=watch.step)
@@ -136,6 +136,13 @@ def _check_request(bundle: Bundle, batch: int, against: Sequence[str]) -> None:
             f"unknown baseline '{unknown[0]}'",
             code="bench-against",
             expected=f"some of {', '.join(BASELINES)}",
+        )
+    if "naive" in against and bundle.manifest.model.config is None:
+        raise InputError(
+            f"the bundle of '{bundle.manifest.model.name}' was traced and does not record its architecture",
+            code="bench-naive",
+            expected="a bundle of a model that `edgeprune models` lists",
+            hint="bench without the naive baseline",
         )
     low, high = bundle.manifest.batch
     if not low <= batch <= high:

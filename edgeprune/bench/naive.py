@@ -6,37 +6,16 @@ nothing else may be read from the result.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgeprune.errors import InputError, missing_package
+from edgeprune.errors import missing_package
 from edgeprune.models.config import ViTConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
 Exporter = Literal["legacy", "dynamo"]
-
-
-def config_from_manifest(fields: Mapping[str, Any] | None, model: str) -> ViTConfig:
-    """Return the architecture a manifest records.
-
-    Raises:
-        InputError: `bench-naive` when the bundle was traced and records none.
-    """
-    if fields is None:
-        raise InputError(
-            f"the bundle of '{model}' was traced and does not record its architecture",
-            code="bench-naive",
-            expected="a bundle of a model that `edgeprune models` lists",
-            hint="bench without the naive baseline",
-        )
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return ViTConfig(**values)
 
 
 def export_naive_dense(config: ViTConfig, directory: Path, *, batch: int, seed: int = 0) -> Path:
@@ -69,27 +48,13 @@ def export_naive(model: nn.Module, path: Path, config: ViTConfig, *, batch: int,
     """
     import torch
 
+    from edgeprune.export.trace import quiet_exporter
+
     images = torch.zeros(batch, config.in_chans, *config.image_size)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
-    with _quiet(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         if exporter == "legacy":
             torch.onnx.export(model, (images,), str(path), dynamo=False, **names)
         else:
             torch.onnx.export(model, (images,), str(path), dynamo=True, verbose=False, **names)
     return path
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's exporters from talking; what they warn of does not concern a baseline."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

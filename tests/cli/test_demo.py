@@ -100,3 +100,11 @@ def test_demo_refuses_a_checkpoint_with_other_counts(cli: Cli, checkpoint: Path,
     assert (
         cli("demo", "--checkpoint", other, "-o", tmp_path / "demo", "--json").json["error"]["code"] == "demo-checkpoint"
     )
+
+
+def test_shipped_checkpoints_are_where_the_demo_looks() -> None:
+    for name in (demo_steps.PRUNED, demo_steps.DENSE):
+        file = demo_steps.CHECKPOINTS / name
+        assert file.is_file()
+        assert file.stat().st_size < 3_000_000
+        assert json.loads(file.with_suffix(".json").read_text())["method"] in name

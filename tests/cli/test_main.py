@@ -7,10 +7,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from edgeprune.cli.app import VERBS
 from edgeprune.cli.ui import Ui
@@ -244,6 +246,15 @@ def test_progress_is_a_line_per_step_when_stderr_is_no_terminal(cli: Cli, fake_v
     name = fake_verb(body)
     assert cli(name).err == "  lowering ...\n  hashing ...\n"
     assert cli(name, "--no-progress").err == ""
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    ui, screen = Ui(), StringIO()
+    ui.err = Console(file=screen, force_terminal=True, width=80)
+    with ui.steps() as report:
+        report("lowering model.onnx", 0.4)
+    assert "lowering model.onnx" in screen.getvalue()
+    assert "\x1b[" in screen.getvalue()
 
 
 def test_no_colour_reaches_a_pipe_or_no_color(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ class Image:
     def attend(self, block: int) -> Tensor:
         """Add the attention branch of a block and return its attention [H, T, T]."""
         name, H = f"blocks.{block}", self.config.num_heads
-        T, D = self.x.shape
+        D = self.x.shape[1]
         d = D // H
         qkv = self.linear(self.norm(self.x, f"{name}.norm1", self.config.norm_eps), f"{name}.attn.qkv")
         q, k, v = (qkv[:, i * D : (i + 1) * D] for i in range(3))

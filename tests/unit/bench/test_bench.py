@@ -194,9 +194,5 @@ def test_naive_export_leaves_the_random_state_alone(tmp_path: Path) -> None:
     assert torch.rand(1) == expected
 
 
-def test_config_survives_the_manifest() -> None:
-    assert naive_module.config_from_manifest(CONFIG.to_dict(), "tiny") == CONFIG
-
-
 def test_ratio_clock_is_wall_time_when_threads_are_many() -> None:
     assert ratio_clock(2) == ratio_clock(0) == "wall"

@@ -11,7 +11,6 @@ import pytest
 
 from edgeprune.export.lint.tokens_shrink import infer_shapes
 from edgeprune.export.passes.eliminate_dead_rows import eliminate_dead_rows
-from edgeprune.export.passes.fold_keys_and_values import fold_keys_and_values
 from edgeprune.export.pipeline import PLAN_PASSES
 from edgeprune.export.plan import Block, Head, Plan, Rows, build_plan
 from edgeprune.models.registry import get_model_config
@@ -74,7 +73,7 @@ def assert_same_outputs(a: Lowered, b: Lowered, model: Any, *, exact: bool = Fal
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dense", "evit fused", "evit unfused"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_outputs_stay_the_same(tmp_path: Path, fields: dict[str, Any], method: str, target: str) -> None:
     assert_same_outputs(*both(tmp_path, {"depth": 2, **fields}, method, target, (1, 1), text="0"))

@@ -40,7 +40,9 @@ def digits(depth: int = 3) -> ViTConfig:
     return get_model_config("vit_digits", depth=depth)
 
 
-def made(folder: Path, method: str, target: str, config: ViTConfig | None = None, **options: Any) -> tuple[Lowered, Any]:
+def made(
+    folder: Path, method: str, target: str, config: ViTConfig | None = None, **options: Any
+) -> tuple[Lowered, Any]:
     config = config or digits()
     name, settings = METHODS[method]
     model = random_model(config, stages_of(config, name, 0.6, "1", **settings))
@@ -78,8 +80,7 @@ def test_graph_with_plugin_nodes_agrees_with_torch(tmp_path: Path, method: str, 
     onnx.checker.check_model(str(graph.path))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("method", MAIN_METHODS)
+@pytest.mark.parametrize(("target", "method"), [("onnx", "evit fused"), ("ort-cpu", "dynamicvit")])
 @pytest.mark.parametrize("opset", [17, 18, 19, 20, 21])
 def test_graph_agrees_with_torch_in_every_opset(tmp_path: Path, opset: int, method: str, target: str) -> None:
     graph, model = made(tmp_path, method, target, small(depth=2), opset=opset)
@@ -234,7 +235,9 @@ def test_fixed_batch_gathers_whole_rows_on_cpu(tmp_path: Path) -> None:
 def test_k_of_top_k_is_the_count_of_the_schedule(tmp_path: Path) -> None:
     for target in TARGETS:
         graph, model = made(tmp_path, "dynamicvit", target, small())
-        constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.model.graph.initializer if not t.external_data}
+        constants = {
+            t.name: onnx.numpy_helper.to_array(t) for t in graph.model.graph.initializer if not t.external_data
+        }
         found = [constants[n.input[1]].tolist() for n in graph.model.graph.node if n.op_type == "TopK"]
         assert found == [[s.counts.kept] for s in model.stages]
 

@@ -43,13 +43,13 @@ def test_folding_saves_macs_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort-cpu"])
-@pytest.mark.parametrize("batch", [(1, 1), (3, 3), (1, 4)], ids=["one", "fixed", "dynamic"])
+@pytest.mark.parametrize("batch", [(3, 3), (1, 4)], ids=["fixed", "dynamic"])
 @pytest.mark.parametrize(
-    "fields", [{}, {"distilled": True}, {"qkv_bias": False}, {"reg_tokens": 2}], ids=["CLS", "distilled", "no bias", "reg"]
+    "fields",
+    [{}, {"distilled": True}, {"qkv_bias": False}, {"reg_tokens": 2}],
+    ids=["CLS", "distilled", "no bias", "reg"],
 )
-def test_folding_keeps_the_logits(
-    tmp_path: Path, fields: dict[str, Any], batch: tuple[int, int], target: str
-) -> None:
+def test_folding_keeps_the_logits(tmp_path: Path, fields: dict[str, Any], batch: tuple[int, int], target: str) -> None:
     config = small(**{"depth": 2, **fields})
     model = random_model(config, stages_of(config, "dynamicvit", 0.5, "1"))
     with_fold, without = (

@@ -88,9 +88,7 @@ def test_operator_of_the_targets_domain_is_accepted() -> None:
 
 
 def test_operator_with_a_body_is_accepted() -> None:
-    body = helper.make_function(
-        "edgeprune", "F", ["x"], ["y"], [node("Identity", "x")], [helper.make_opsetid("", 17)]
-    )
+    body = helper.make_function("edgeprune", "F", ["x"], ["y"], [node("Identity", "x")], [helper.make_opsetid("", 17)])
     assert foreign_domains(context([node("F", "x", domain="edgeprune")], functions=[body])) == []
     assert len(foreign_domains(context([node("G", "x", domain="edgeprune")], functions=[body]))) == 1
 
@@ -137,8 +135,7 @@ def test_graph_whose_tokens_do_not_shrink_is_refused(
     masked = lowered(random_model(config), tmp_path, target=target, batch=batch, passes=())
     promised = build_plan(config, stages_of(config, method, 0.5, "2"), batch=batch)
     findings = tokens_shrink(LintContext(masked.model, promised, TARGETS[target].domains))
-    first = 2 if method == "evit" else 2
-    assert [f.node for f in findings] == [f"blocks.{i}.mlp.fc1" for i in range(first, 4)]
+    assert [f.node for f in findings] == [f"blocks.{i}.mlp.fc1" for i in (2, 3)]
     assert {f.rule for f in findings} == {"tokens-shrink"}
     assert "where the plan keeps" in findings[0].reason
 

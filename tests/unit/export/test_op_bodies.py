@@ -77,7 +77,7 @@ def lowered_by(graph_pass: object, model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.functions[:]
-    graph = graph_pass(gs.import_onnx(copy))  # type: ignore[operator]
+    graph = graph_pass(gs.import_onnx(copy))
     exported = gs.export_onnx(graph.cleanup().toposort(), ir_version=IR_VERSION)
     onnx.checker.check_model(exported, full_check=True)
     assert {node.domain for node in exported.graph.node} <= {"", "ai.onnx"}
@@ -248,7 +248,7 @@ def test_two_variants_cannot_share_one_function() -> None:
 
 @pytest.mark.parametrize("op", [topk_gather, gather_tokens])
 def test_schema_names_what_the_function_takes(op: object) -> None:
-    schema, function = op.schema(), function_for(op.NAME, 17)  # type: ignore[attr-defined]
+    schema, function = op.schema(), function_for(op.NAME, 17)
     assert (schema.name, schema.domain, schema.since_version) == (function.name, DOMAIN, DOMAIN_VERSION)
     assert [p.name for p in schema.inputs] == list(function.input)
     assert [p.name for p in schema.outputs] == list(function.output)

@@ -69,14 +69,14 @@ def test_macs_are_the_sum_of_the_steps() -> None:
     config = small(distilled=True)
     plan = build_plan(config, stages_of(config, "dynamicvit"))
     assert plan.macs() == sum(macs for _, macs in plan.macs_by_step())
-    assert dict(plan.macs_by_step())[Head(plan.steps[-1].tokens_in)] == 2 * 5 * 32  # type: ignore[union-attr]
+    assert dict(plan.macs_by_step())[Head(plan.steps[-1].tokens_in)] == 2 * 5 * 32
 
 
 def test_dynamicvit_rows_shrink_in_front_of_blocks() -> None:
     config = get_model_config(SIZES["S"])
     plan = build_plan(config, stages_of(config, "dynamicvit", 0.7))
-    assert [b.tokens_in for b in steps(plan, Block)] == [197] * 3 + [138] * 3 + [97] * 3 + [68] * 3  # type: ignore[attr-defined]
-    assert [(s.tokens_in, s.tokens_out) for s in steps(plan, Select)] == [(197, 138), (138, 97), (97, 68)]  # type: ignore[attr-defined]
+    assert [b.tokens_in for b in steps(plan, Block)] == [197] * 3 + [138] * 3 + [97] * 3 + [68] * 3
+    assert [(s.tokens_in, s.tokens_out) for s in steps(plan, Select)] == [(197, 138), (138, 97), (97, 68)]
     assert plan.steps[0] == Embed(197)
     assert plan.steps[-1] == Head(68)
 
@@ -84,7 +84,7 @@ def test_dynamicvit_rows_shrink_in_front_of_blocks() -> None:
 def test_evit_rows_shrink_inside_blocks() -> None:
     config = get_model_config(SIZES["S"])
     plan = build_plan(config, stages_of(config, "evit", 0.7))
-    assert [b.tokens_out for b in steps(plan, Block)] == [197] * 3 + [140] * 3 + [100] * 3 + [72] * 3  # type: ignore[attr-defined]
+    assert [b.tokens_out for b in steps(plan, Block)] == [197] * 3 + [140] * 3 + [100] * 3 + [72] * 3
     assert not steps(plan, Select)
 
 
@@ -92,7 +92,7 @@ def test_evit_rows_shrink_inside_blocks() -> None:
 def test_prefix_is_added_to_every_count(fields: dict[str, object], prefix: int) -> None:
     config = small(**fields)
     plan = build_plan(config, stages_of(config, "dynamicvit", 0.5))
-    assert [b.tokens_in - prefix for b in steps(plan, Block)] == [16, 8, 4, 2]  # type: ignore[attr-defined]
+    assert [b.tokens_in - prefix for b in steps(plan, Block)] == [16, 8, 4, 2]
 
 
 def test_plan_knows_its_stages() -> None:

@@ -111,7 +111,9 @@ def test_unknown_method_names_the_nearest() -> None:
     assert "dynamicvit" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("YES", True), ("1", True), ("false", False), ("0", False)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("YES", True), ("1", True), ("false", False), ("0", False)]
+)
 def test_bool_option_reads_words(text: str, value: bool) -> None:
     assert get_method("evit").parse_options({"fuse": text}) == {"fuse": value}
 

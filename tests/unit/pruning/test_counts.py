@@ -97,7 +97,7 @@ def test_stage_without_a_token_is_refused_with_the_least_rate() -> None:
 @pytest.mark.parametrize("rate", [0, -0.5, 1.0001, 1.5, 9, math.nan, math.inf, -math.inf, "0.7", None])
 def test_rate_out_of_range_is_refused(rate: object) -> None:
     with pytest.raises(InputError) as caught:
-        check_keep_rate(rate)  # type: ignore[arg-type]
+        check_keep_rate(rate)
     assert caught.value.code == "keep-rate"
     assert str(rate) in caught.value.message
     assert caught.value.expected

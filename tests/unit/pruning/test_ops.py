@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -142,7 +141,7 @@ def test_gather_rows_passes_gradients() -> None:
 # ------------------------------------------------------------------------------------------------ registration
 
 
-@pytest.mark.parametrize(("order", "mode"), list(itertools.product([0, 1], [0, 1, 2])))
+@pytest.mark.parametrize(("order", "mode"), [(0, 0), (1, 2)])
 def test_topk_gather_is_registered_soundly(order: int, mode: int) -> None:
     args = (torch.rand(2, 6), torch.rand(2, 7, 3), 4, 1, order, mode, 0.5)
     torch.library.opcheck(torch.ops.edgeprune.topk_gather, args)

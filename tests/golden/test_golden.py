@@ -1,0 +1,79 @@
+"""The lowered graph of a tiny ViT as text. `pytest --update-golden` rewrites it; read the difference first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from tests.helpers.lowering import lowered, random_model, small, stages_of
+
+HERE = Path(__file__).parent
+METHODS = ["dense", "dynamicvit", "evit"]
+TARGETS = ["onnx", "ort-cpu"]
+SHOWN_VALUES = 8
+
+
+def describe(model: onnx.ModelProto) -> Iterator[str]:
+    """Yield the graph line by line: interface, operators in order with attributes, constants without weights."""
+    graph = model.graph
+    for opset in sorted(model.opset_import, key=lambda o: o.domain):
+        yield f"opset {opset.domain or 'ai.onnx'} {opset.version}"
+    shapes = {v.name: shape_text(v) for v in (*graph.input, *graph.output, *graph.value_info)}
+    yield from (f"input {v.name} {shapes[v.name]}" for v in graph.input)
+    yield from (f"output {v.name} {shapes[v.name]}" for v in graph.output)
+    yield ""
+    for node in graph.node:
+        kind = f"{node.domain}.{node.op_type}".lstrip(".")
+        attrs = "".join(
+            f" {a.name}={value_text(helper.get_attribute_value(a))}"
+            for a in sorted(node.attribute, key=lambda a: a.name)
+        )
+        outputs = ", ".join(f"{o} {shapes.get(o, '?')}" for o in node.output)
+        yield f"{kind} {node.name}{attrs}\n    ({', '.join(node.input)})\n    -> {outputs}"
+    yield ""
+    for tensor in sorted(graph.initializer, key=lambda t: t.name):
+        yield f"constant {tensor.name} {constant_text(tensor)}"
+
+
+def shape_text(value: onnx.ValueInfoProto) -> str:
+    kind = value.type.tensor_type
+    dims = ",".join(str(d.dim_value or d.dim_param or "?") for d in kind.shape.dim)
+    return f"{helper.tensor_dtype_to_np_dtype(kind.elem_type)}[{dims}]"
+
+
+def value_text(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else value.decode() if isinstance(value, bytes) else str(value)
+
+
+def constant_text(tensor: onnx.TensorProto) -> str:
+    """Return type and shape, and the values of few integers: they are structure, floats are weights."""
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    text = f"{dtype}[{','.join(map(str, tensor.dims))}]"
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return f"{text} external"
+    values = numpy_helper.to_array(tensor).reshape(-1)
+    return f"{text} {values.tolist()}" if dtype.kind == "i" and len(values) <= SHOWN_VALUES else text
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_lowered_graph_is_the_recorded_one(tmp_path: Path, method: str, target: str, update_golden: bool) -> None:
+    config = small()  # 4 blocks of width 32, 4x4 patches
+    model = random_model(config, stages_of(config, method, 0.6, "2"))
+    graph = lowered(model, tmp_path, target=target, token_outputs=method == "evit")
+    text = "\n".join(describe(graph.model)) + "\n"
+    path = HERE / f"{method}-{target}.txt"
+    if update_golden:
+        path.write_text(text, encoding="utf-8")
+    assert path.is_file(), f"{path.name} is not recorded yet: run pytest --update-golden"
+    assert text == path.read_text(encoding="utf-8"), (
+        f"{path.name} differs: run pytest --update-golden if it is meant to"
+    )
+
+
+def test_no_golden_file_is_left_over() -> None:
+    assert {p.name for p in HERE.glob("*.txt")} == {f"{m}-{t}.txt" for m in METHODS for t in TARGETS}

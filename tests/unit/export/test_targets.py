@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from edgeprune.errors import EnvironmentLackError, InputError
+from edgeprune.export.targets import base
+from edgeprune.export.targets.registry import TARGETS, get_target
+
+
+def test_table_lists_what_the_design_names() -> None:
+    assert list(TARGETS) == [
+        "onnx", "ort-cpu", "ort-cpu-int8", "ort-cuda-fp16",
+        "trt-fp32", "trt-fp16", "trt-bf16", "trt-int8", "trt-fp8",
+    ]  # fmt: skip
+    assert all(name == target.name and target.summary for name, target in TARGETS.items())
+
+
+@pytest.mark.parametrize("name", ["onnx", "ort-cpu"])
+def test_built_target_is_available_and_whole(name: str) -> None:
+    target = get_target(name)
+    assert target.why_unavailable() is None
+    assert target.built and target.passes and target.rules
+    assert target.opset in target.opsets and target.precision == "fp32"
+
+
+@pytest.mark.parametrize("name", [n for n in TARGETS if n not in ("onnx", "ort-cpu")])
+def test_planned_target_says_why_not(name: str) -> None:
+    assert "not in this version" in str(TARGETS[name].why_unavailable())
+    with pytest.raises(EnvironmentLackError) as caught:
+        get_target(name)
+    assert caught.value.code == "target-unavailable"
+    assert "not in this version" in caught.value.message
+
+
+def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "find_spec", lambda package: None if package == "onnxruntime" else object())
+    with pytest.raises(EnvironmentLackError, match="onnxruntime") as caught:
+        get_target("ort-cpu")
+    assert "edgeprune[ort]" in caught.value.message
+
+
+def test_unknown_target_names_the_nearest() -> None:
+    with pytest.raises(InputError) as caught:
+        get_target("ort-cppu")
+    assert caught.value.code == "target-unknown"
+    assert "ort-cpu" in str(caught.value.hint)
+
+
+def test_only_the_portable_target_is_bound_to_standard_operators() -> None:
+    assert set(TARGETS["onnx"].domains) == {"", "ai.onnx"}
+    assert "com.microsoft" in TARGETS["ort-cpu"].domains
