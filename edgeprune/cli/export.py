@@ -22,7 +22,7 @@ from edgeprune.runtime.manifest import Macs, StageInfo
 )
 @click.option("-m", "--model", required=True, metavar="NAME", help="A name `edgeprune models` lists.")
 @click.option("--method", default="dense", show_default=True, metavar="NAME", help="See `edgeprune methods`.")
-@click.option("--keep-rate", type=float, default=1.0, metavar="SHARE", help="Share of tokens that stays, above 0 to 1.")
+@click.option("--keep-rate", type=float, metavar="SHARE", help="Share of tokens that stays, above 0 to 1.")
 @click.option("--stages", metavar="LIST", help="Blocks, 3,6,9, or with a rate each, 3:0.7,6:0.5,9:0.35.")
 @click.option("--method-option", multiple=True, metavar="KEY=VALUE", help="Setting of the method; repeatable.")
 @click.option(
@@ -103,6 +103,9 @@ def _dry_run(ui: Ui, plan: dict[str, Any]) -> dict[str, Any]:
 
 def _request(
     *,
+    method: str,
+    keep_rate: float | None,
+    stages: str | None,
     checkpoint: str | None,
     random_weights: bool,
     method_option: tuple[str, ...],
@@ -123,6 +126,13 @@ def _request(
         )
     if fields["ema"] and checkpoint is None:
         raise InputError("--ema without --checkpoint", code="weights", expected="--ema with --checkpoint only")
+    if keep_rate is None and method != "dense" and ":" not in (stages or ""):
+        raise InputError(
+            f"no keep rate for method '{method}'",
+            code="keep-rate",
+            expected="--keep-rate, the share of tokens that stays, or a rate for every stage",
+            hint="add --keep-rate 0.7, or --stages 3:0.7,6:0.5,9:0.35",
+        )
     settings: dict[str, Any] = {
         "method_options": parse.key_values(method_option, "--method-option"),
         "model_options": parse.model_options(model_option),
@@ -133,6 +143,9 @@ def _request(
     return ExportRequest(
         **fields,
         **settings,
+        method=method,
+        keep_rate=1.0 if keep_rate is None else keep_rate,
+        stages=stages,
         checkpoint=checkpoint,
         random_weights=random_weights,
         verify=not no_verify,

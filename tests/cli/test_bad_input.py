@@ -140,6 +140,10 @@ def test_keep_rate_out_of_range(cli: Cli, out: Path, rate: str, hint: str) -> No
     assert_nothing_written(out)
 
 
+def test_keep_rate_that_is_missing(cli: Cli, out: Path) -> None:
+    assert_refused(cli("export", *DIGITS, "--method", "evit", "-o", out), 2, "keep-rate", "--keep-rate 0.7")
+
+
 def test_keep_rate_that_leaves_nothing(cli: Cli, out: Path) -> None:
     result = cli("export", *DIGITS, "--method", "dynamicvit", "--keep-rate", "0.1", "-o", out)
     assert_refused(result, 2, "keep-rate", "at least one token")
