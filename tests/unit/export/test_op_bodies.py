@@ -124,6 +124,20 @@ def test_body_equals_reference(batch: int | str, order: int, mode: int, prefix: 
         assert_same(run_onnx(inlined.SerializeToString(), feeds), wanted)
 
 
+@pytest.mark.parametrize("k", [1, 8, 67, 137, 196])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_ties_of_a_long_sequence_go_to_the_lower_index(batch: int, k: int) -> None:
+    """ONNX Runtime chooses among algorithms by K, N and batch; each must break ties alike."""
+    model = topk_model(batch, k, 1, 0, 0, 0.0, n=196)
+    rng = np.random.default_rng(k)
+    tokens = rng.standard_normal((batch, 197, D), np.float32)
+    for scores in (rng.integers(0, 3, (batch, 196)).astype(np.float32), np.zeros((batch, 196), np.float32)):
+        wanted = reference(scores, tokens, k, 1, 0, 0, 0.0)
+        feeds = {"scores": scores, "tokens": tokens}
+        assert_same(run_onnx(model.SerializeToString(), feeds), wanted)
+        assert_same(run_onnx(lowered_by(flatten_selection, model).SerializeToString(), feeds), wanted)
+
+
 @pytest.mark.parametrize("opset", [17, 18, 19, 20, 21])
 @pytest.mark.parametrize(("order", "mode"), VARIANTS)
 def test_body_passes_the_full_check(opset: int, order: int, mode: int) -> None:

@@ -29,6 +29,13 @@ def test_uniform_scores_rank_by_position() -> None:
     assert rank_tokens(torch.zeros(2, 6)).tolist() == [list(range(6))] * 2
 
 
+def test_ties_rank_by_position_in_a_long_sequence() -> None:
+    """Sorting algorithms change with the length; short sequences are stable by accident."""
+    scores = torch.randint(0, 4, (3, 576), generator=torch.Generator().manual_seed(0)).float()
+    scores[:, ::50] = math.nan
+    assert rank_tokens(scores).tolist() == [ranked(image) for image in scores.tolist()]
+
+
 def test_nan_ranks_behind_minus_infinity() -> None:
     assert rank_tokens(torch.tensor([[math.nan, -math.inf, math.nan, 1.0]])).tolist() == [[3, 1, 0, 2]]
 
