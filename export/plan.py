@@ -1,7 +1,7 @@
 """The plan: a pruned model as a short list of typed steps, small enough to print.
 
 Every step says how many rows reach it and which rows anybody reads afterwards; passes narrow the second. Multiply-
-accumulates are counted from the steps, so the figures in a manifest describe exactly what the graph computes. No torch.
+accumulates are counted from the same steps the graph is made of; a scorer counts as its paper counts it. No torch.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from edgeprune.cli.common import verb
 from edgeprune.cli.show import batch_words, files_words, macs_words, stage_rows, summary
 from edgeprune.cli.ui import Ui, pairs
 from edgeprune.errors import InputError
+from edgeprune.pruning import get_method
 from edgeprune.runtime.manifest import Macs, StageInfo
 
 
@@ -126,7 +127,7 @@ def _request(
         )
     if fields["ema"] and checkpoint is None:
         raise InputError("--ema without --checkpoint", code="weights", expected="--ema with --checkpoint only")
-    if keep_rate is None and method != "dense" and ":" not in (stages or ""):
+    if keep_rate is None and get_method(method).name != "dense" and ":" not in (stages or ""):
         raise InputError(
             f"no keep rate for method '{method}'",
             code="keep-rate",

@@ -93,8 +93,9 @@ class Ui:
 
             def line(step: str, share: float) -> None:
                 nonlocal last
-                if step != last and share < 1:
-                    last = step
+                name = step.partition(",")[0]  # what follows a comma changes all the time, such as a loss
+                if name != last and share < 1:
+                    last = name
                     self.note(f"  {step} ...")
 
             yield line

@@ -15,6 +15,7 @@ from onnx.defs import OpSchema
 from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, GATHER_POSITIONS, plugin_attributes
 
 NAME = "TopKGather"
+NAN_SCORE = -3.4e38  # what NaN is ranked as: behind every finite score above -3e38
 
 
 def schema() -> OpSchema:
@@ -93,7 +94,7 @@ def body(opset: int, order: int, mode: int) -> str:
   (scores, tokens) => (kept, indices, count)
 {{
   missing = IsNaN (scores)
-  last = Constant <value_float = -3.4e38> ()
+  last = Constant <value_float = {NAN_SCORE}> ()
   low = Constant <value_float = -3.0e38> ()
   bounded = Max (scores, low)
   ranked = Where (missing, last, bounded)

@@ -45,8 +45,7 @@ def attach_bodies(graph: gs.Graph) -> gs.Graph:
 def flatten_selection(graph: gs.Graph) -> gs.Graph:
     """Replace every `edgeprune` node by TopK and a Gather of whole rows; variants of the op get their body.
 
-    The rows of a batch are addressed in the flattened [B*T, D] tensor, so one Gather serves any fixed batch. Scores of
-    emitted scorers are NaN only when the logits are, so NaN is not treated apart here.
+    The rows of a batch are addressed in the flattened [B*T, D] tensor, so one Gather serves any fixed batch.
     """
     rows_of: dict[str, gs.Tensor] = {}
     nodes: list[gs.Node] = []
@@ -71,6 +70,9 @@ def _flat_topk_gather(node: gs.Node, rows_of: dict[str, gs.Tensor]) -> list[gs.N
     node.inputs.clear()
     node.outputs.clear()
 
+    missing = gs.Variable(f"{name}.missing", bool, scores.shape)
+    ranked = gs.Variable(f"{name}.ranked", np.float32, scores.shape)
+    last = gs.Constant(f"{name}.last", np.array(topk_gather.NAN_SCORE, np.float32))
     values = gs.Variable(f"{name}.values", np.float32, [B, K])
     ranks = gs.Variable(f"{name}.ranks", np.int64, [B, K])
     patch_rows = gs.Variable(f"{name}.patch_rows", np.int64, [B, K])
@@ -78,8 +80,10 @@ def _flat_topk_gather(node: gs.Node, rows_of: dict[str, gs.Tensor]) -> list[gs.N
     starts = np.arange(B, dtype=np.int64)[:, None] * T
     rows_of[indices.name] = rows
     made = [
+        gs.Node("IsNaN", f"{name}.missing", {}, [scores], [missing]),
+        gs.Node("Where", f"{name}.ranked", {}, [missing, last, scores], [ranked]),
         gs.Node("TopK", f"{name}.topk", {"axis": 1, "largest": 1, "sorted": 1},
-                [scores, gs.Constant(f"{name}.k", np.array([K], np.int64))], [values, ranks]),
+                [ranked, gs.Constant(f"{name}.k", np.array([K], np.int64))], [values, ranks]),
         gs.Node("Cast", f"{name}.indices", {"to": 6}, [ranks], [indices]),
         gs.Node("Add", f"{name}.patch_rows", {}, [ranks, gs.Constant(f"{name}.offsets", starts + P)], [patch_rows]),
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from edgeprune.runtime.bundle import Bundle, BundleWriter
 from tests.cli.conftest import DIGITS, Cli, Outcome, write_image
 
 EXPORT = ("export", *DIGITS, "--no-verify")
-PRUNED = ("export", *DIGITS, "--no-verify", "--method", "evit")
+PRUNED = ("export", *DIGITS, "--no-verify", "--method", "evit", "--keep-rate", "0.7")
 
 
 @pytest.fixture

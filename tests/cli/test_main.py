@@ -240,11 +240,11 @@ def test_progress_is_a_line_per_step_when_stderr_is_no_terminal(cli: Cli, fake_v
     def body(ui: Ui) -> None:
         with ui.steps() as report:
             for share in (0.1, 0.2, 0.3):
-                report("lowering", share)
+                report(f"epoch 1, loss {share}", share)
             report("hashing", 0.9)
 
     name = fake_verb(body)
-    assert cli(name).err == "  lowering ...\n  hashing ...\n"
+    assert cli(name).err == "  epoch 1, loss 0.1 ...\n  hashing ...\n"
     assert cli(name, "--no-progress").err == ""
 
 
