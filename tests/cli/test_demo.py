@@ -78,7 +78,7 @@ def test_demo_without_a_dense_checkpoint_says_so(cli: Cli, checkpoint: Path, tmp
     shutil.copy(checkpoint, alone)
     shutil.copy(checkpoint.with_suffix(".json"), alone.with_suffix(".json"))
     result = cli("demo", "--checkpoint", alone, "-o", tmp_path / "demo")
-    assert result.code == 0
+    assert result.code == 0, result.err
     assert "no dense checkpoint" in result.err
 
 
