@@ -9,11 +9,11 @@ import click
 
 from edgeprune.cli import parse
 from edgeprune.cli.common import verb
-from edgeprune.cli.show import batch_words, files_words, macs_words, stage_rows, summary
+from edgeprune.cli.show import files_words, plan_summary, stage_rows, summary
 from edgeprune.cli.ui import Ui, pairs
 from edgeprune.errors import InputError
 from edgeprune.pruning import get_method
-from edgeprune.runtime.manifest import Macs, StageInfo
+from edgeprune.runtime.manifest import StageInfo
 
 
 @verb(
@@ -81,23 +81,10 @@ def command(ui: Ui, **options: Any) -> dict[str, Any]:
 
 def _dry_run(ui: Ui, plan: dict[str, Any]) -> dict[str, Any]:
     """Print what would be exported."""
-    options = "".join(f", {key}={str(value).lower()}" for key, value in plan["options"].items())
-    stages = [StageInfo(**stage) for stage in plan["stages"]]
-    ui.data(
-        pairs(
-            [
-                ("model", plan["model"]),
-                ("method", plan["method"] + options),
-                ("target", f"{plan['target']}, opset {plan['opset']}, batch {batch_words(plan['batch'])}"),
-                ("MACs", macs_words(Macs(**plan["macs"]))),
-                ("steps", "\n".join(plan["steps"])),
-                ("files", ", ".join(plan["files"])),
-            ]
-        )
-    )
-    if stages:
+    ui.data(pairs(plan_summary(plan)))
+    if plan["stages"]:
         ui.data("")
-        ui.data(stage_rows(stages))
+        ui.data(stage_rows([StageInfo(**stage) for stage in plan["stages"]]))
     ui.note("dry run: nothing was written")
     return {"dry_run": True, **plan}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -25,6 +25,19 @@ def summary(bundle: Bundle) -> list[tuple[str, Any]]:
         ("graph", f"{m.lowering}, selection {m.selection}, dead rows {'left out' if m.dead_rows else 'computed'}"),
         ("MACs", None if m.macs is None else macs_words(m.macs)),
         ("parity", None if m.parity is None else parity_words(m.parity)),
+    ]
+
+
+def plan_summary(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return what an export would do: rows for `pairs`."""
+    options = "".join(f", {key}={str(value).lower()}" for key, value in plan["options"].items())
+    return [
+        ("model", plan["model"]),
+        ("method", plan["method"] + options),
+        ("target", f"{plan['target']}, opset {plan['opset']}, batch {batch_words(plan['batch'])}"),
+        ("MACs", macs_words(Macs(**plan["macs"]))),
+        ("steps", "\n".join(plan["steps"])),
+        ("files", ", ".join(plan["files"])),
     ]
 
 
