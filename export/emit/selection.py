@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from edgeprune.errors import InternalError
-from edgeprune.export.ops import DOMAIN, PLUGIN_FIELDS
+from edgeprune.export.ops import DOMAIN, PLUGIN_FIELDS, topk_gather
 from edgeprune.export.plan import Block, Select
 from edgeprune.pruning.base import Constant, Reducer, Scorer, Stage, TopK
 from edgeprune.pruning.dynamicvit import PREDICTOR_NORM_EPS, PredictorScorer
@@ -128,16 +128,13 @@ def emit_fuse_before_projection(
 def choose(e: Emission, stage: Stage, scores: gs.Tensor | None, tokens: gs.Tensor) -> Chosen:
     """Select from tokens [B, P+N, D]."""
     g, P = e.g, e.plan.config.num_prefix_tokens
-    K, D = stage.counts.kept, tokens.shape[-1]
+    K = stage.counts.kept
     if isinstance(stage.selector, Constant):
         return Chosen(gather_constant(e, stage.selector, tokens), stage, None)
     if not isinstance(stage.selector, TopK) or scores is None:
         raise InternalError(f"no lowering for selector {type(stage.selector).__name__}", code="no-lowering")
-    outputs = [
-        ("kept", np.float32, [g.batch, P + K, D]),
-        ("indices", np.int32, [g.batch, K]),
-        ("count", np.int32, [g.batch]),
-    ]
+    kept_shape, indices_shape, count_shape = topk_gather.output_shapes(scores.shape, tokens.shape, K, P)
+    outputs = [("kept", np.float32, kept_shape), ("indices", np.int32, indices_shape), ("count", np.int32, count_shape)]
     attrs = {"k": K, "num_prefix_tokens": P, "order": 0, "mode": 0, "threshold": 0.0, **PLUGIN_FIELDS}
     kept, indices, _ = g.multi_node("TopKGather", [scores, tokens], outputs, name="topk_gather", domain=DOMAIN, **attrs)
     return Chosen(kept, stage, indices)
