@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from edgeprune.models.config import ViTConfig
+from edgeprune.models.macs import embed_macs, head_macs
 from edgeprune.pruning.base import Needs, Reducer, Stage, Where
 
 
@@ -145,11 +146,11 @@ def rows_count(config: ViTConfig, block: Block, rows: Rows) -> int:
 def _step_macs(config: ViTConfig, step: Step) -> int:
     D = config.embed_dim
     if isinstance(step, Embed):
-        return config.in_chans * config.patch_size[0] * config.patch_size[1] * config.num_patches * D
+        return embed_macs(config)
     if isinstance(step, Select):
         return step.stage.scorer.macs(config, step.stage.counts.tokens_in)
     if isinstance(step, Head):
-        return config.num_classes * D * config.num_head_tokens
+        return head_macs(config, step.tokens_in - config.num_prefix_tokens)
     queries = rows_count(config, step, step.query_rows)
     projected = rows_count(config, step, step.projected_rows)
     mlp = min(projected, step.tokens_out)

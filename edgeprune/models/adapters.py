@@ -142,7 +142,6 @@ def _timm_config(module: Any) -> ViTConfig:
     _refuse_unless(isinstance(module.head, nn.Linear), "it has no linear classifier")
     pool = getattr(module, "global_pool", "token")
     _refuse_unless(pool in ("token", "avg"), f"it pools by '{pool}'")
-    _refuse_unless(not getattr(module, "pool_include_prefix", False), "it pools the prefix tokens too")
     for b in module.blocks:
         _refuse_unless(_is_gelu(b.mlp.act), f"its activation is {b.mlp.act}, not the exact GELU")
     cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None) or {}
@@ -167,6 +166,7 @@ def _timm_config(module: Any) -> ViTConfig:
         reg_tokens=0 if reg_token is None else reg_token.shape[1],
         no_embed_class=bool(getattr(module, "no_embed_class", False)),
         global_pool=pool,
+        pool_include_prefix=pool == "avg" and bool(getattr(module, "pool_include_prefix", False)),
         fc_norm=fc_norm,
         layer_scale=hasattr(block, "ls1") and hasattr(block.ls1, "gamma"),
         norm_eps=_norm_eps(module),

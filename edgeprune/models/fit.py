@@ -20,7 +20,7 @@ from edgeprune.errors import (
 )
 from edgeprune.models.adapters import from_transformers_keys
 from edgeprune.models.checkpoint import Checkpoint, listed
-from edgeprune.models.config import ViTConfig
+from edgeprune.models.config import STEM_STRIDE, ViTConfig
 from edgeprune.models.registry import MODELS
 from edgeprune.models.vit import VisionTransformer
 
@@ -81,7 +81,8 @@ def load_into(
     """
     source = from_transformers_keys(checkpoint.tensors) or checkpoint.tensors
     origin = {_our_key(k, key_prefixes or {}): k for k in source}
-    wanted = {k: v.shape for k, v in model.state_dict().items()}
+    state = model.state_dict()
+    wanted = {k: v.shape for k, v in state.items()}
     ignored = tuple(ignore_prefixes)
     extra = [k for k in origin if k not in wanted]
     unused = [origin[k] for k in extra if k.startswith(ignored) or origin[k].startswith(ignored)]
@@ -95,7 +96,7 @@ def load_into(
         raise fit.foreign()
     if wrong := [k for k, v in tensors.items() if not _same_shape(k, v.shape, wanted[k])]:
         raise fit.wrong_shapes({k: (tuple(tensors[k].shape), tuple(wanted[k])) for k in wrong})
-    if integers := [k for k, v in tensors.items() if not v.is_floating_point()]:
+    if integers := [k for k, v in tensors.items() if state[k].is_floating_point() and not v.is_floating_point()]:
         raise fit.not_float(integers[0])
     if left or len(fresh) < len(missing):
         raise fit.mismatch([k for k in missing if k not in fresh], left, len(wanted))
@@ -103,7 +104,7 @@ def load_into(
     resized = None
     if "pos_embed" in tensors:
         tensors, resized = fit_position_embedding(tensors, model.config, checkpoint.file)
-    tensors = {k: v.float().contiguous() for k, v in tensors.items()}
+    tensors = {k: v.to(state[k].dtype).contiguous() for k, v in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     return LoadReport(len(tensors), tuple(fresh), tuple(unused), (resized,) if resized else ())
 
@@ -189,14 +190,14 @@ class _Fit:
         return InputError(
             f"checkpoint '{self.file}' matches nothing of {self.config.name}{what}: {listed(self.tensors)}",
             code="checkpoint-foreign",
-            expected="a ViT or DeiT checkpoint with keys such as blocks.0.attn.qkv.weight",
+            expected="a ViT, DeiT or LV-ViT checkpoint with keys such as blocks.0.attn.qkv.weight",
             hint="`edgeprune models` lists the architectures that can be loaded",
             details={"family": family, "keys": sorted(self.tensors)},
         )
 
     def wrong_shapes(self, wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> EdgepruneError:
         details = {k: {"checkpoint": list(a), "model": list(b)} for k, (a, b) in wrong.items()}
-        only_head = all(k.startswith(("head.", "head_dist.")) for k in wrong)
+        only_head = all(k.startswith(("head.", "head_dist.", "aux_head.")) for k in wrong)
         if only_head:
             classes = next(iter(wrong.values()))[0][0]
             what, hint = f"it has {classes} classes", f"add --num-classes {classes}"
@@ -251,9 +252,12 @@ class _Fit:
         facts: dict[str, Any] = {name: f"{token}_token" in t for name, token in _TOKENS.items()}
         facts["reg_tokens"] = t["reg_token"].shape[1] if "reg_token" in t else 0
         facts["depth"] = len({m[1] for k in t if (m := re.match(r"blocks\.(\d+)\.", k))})
+        facts["aux_head"] = "aux_head.weight" in t
+        facts["stem"] = "lvvit" if "patch_embed.conv1.weight" in t else "patch"
         patch = t.get("patch_embed.proj.weight")
         if patch is not None and patch.ndim == 4:
-            facts["embed_dim"], facts["patch_size"] = patch.shape[0], tuple(patch.shape[2:])
+            stride = 1 if facts["stem"] == "patch" else STEM_STRIDE
+            facts["embed_dim"], facts["patch_size"] = patch.shape[0], tuple(side * stride for side in patch.shape[2:])
         return facts
 
     def _advice(self) -> str:
@@ -280,7 +284,7 @@ _TOKENS = {"class_token": "cls", "distilled": "dist"}
 
 
 def _facts_of(config: ViTConfig) -> dict[str, Any]:
-    names = ("class_token", "distilled", "reg_tokens", "depth", "embed_dim", "patch_size")
+    names = ("class_token", "distilled", "reg_tokens", "depth", "embed_dim", "patch_size", "aux_head", "stem")
     return {name: getattr(config, name) for name in names}
 
 
@@ -290,4 +294,6 @@ def _words(facts: Mapping[str, Any]) -> str:
     words += ["patches of {}x{}".format(*facts["patch_size"])] if "patch_size" in facts else []
     words += ["a distillation token"] if facts["distilled"] else []
     words += [f"{facts['reg_tokens']} registers"] if facts["reg_tokens"] else []
+    words += ["a convolutional stem"] if facts["stem"] == "lvvit" else []
+    words += ["a head per token"] if facts["aux_head"] else []
     return ", ".join(words) + ("" if facts["class_token"] else ", no class token")

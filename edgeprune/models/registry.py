@@ -26,6 +26,12 @@ def _deit(name: str, size: str, **extra: Any) -> ViTConfig:
     return ViTConfig(name=name, **{**_SIZES[size], **extra})
 
 
+def _lvvit(name: str, **extra: Any) -> ViTConfig:
+    """An LV-ViT of the TokenLabeling repository; LayerNorm has torch's own epsilon there."""
+    common: dict[str, Any] = {"mlp_ratio": 3.0, "qkv_bias": False, "aux_head": True, "stem": "lvvit"}
+    return ViTConfig(name=name, **{**common, "residual_scale": 2.0, "norm_eps": 1e-5, **extra})
+
+
 _GAP: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
 _REG_GAP_256: dict[str, Any] = {**_GAP, "fc_norm": True, "no_embed_class": True, "image_size": (256, 256)}
 _384: dict[str, Any] = {"image_size": (384, 384), "crop_pct": 1.0}
@@ -49,6 +55,10 @@ MODELS: dict[str, ViTConfig] = {
         _vit("vit_large_patch16_384", "large", **_384),
         _vit("vit_base_patch16_gap_224", "base", **_GAP, num_heads=16),
         _vit("vit_base_patch16_reg4_gap_256", "base", **_REG_GAP_256, reg_tokens=4),
+        # as Token Cropr fine-tunes it: the average runs over CLS too, DeiT's preprocessing
+        _deit("vit_large_patch16_224.mae", "large", global_pool="avg", pool_include_prefix=True, fc_norm=True),
+        _lvvit("lvvit_s", embed_dim=384, depth=16, num_heads=6, crop_pct=0.9),
+        _lvvit("lvvit_m", embed_dim=512, depth=20, num_heads=8, crop_pct=1.0),
         ViTConfig(
             name="vit_digits",
             image_size=(64, 64),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgeprune.models.config import ViTConfig
+from edgeprune.models.config import AUX_WEIGHT, BATCH_NORM_EPS, STEM_CONVOLUTIONS, STEM_WIDTH, ViTConfig
 
 
 class Attention(nn.Module):
@@ -90,6 +90,28 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class ResidualScale(nn.Module):
+    """Division of a branch by a constant, without weights.
+
+    Source: LV-ViT (arXiv 2104.10858), `skip_lam` of the official code.
+    """
+
+    def __init__(self, divisor: float) -> None:
+        super().__init__()
+        self.divisor = divisor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x divided."""
+        return x / self.divisor
+
+
+def branch_scale(config: ViTConfig) -> nn.Module:
+    """Return what stands between a branch and the residual sum."""
+    if config.layer_scale:
+        return LayerScale(config.embed_dim)
+    return nn.Identity() if config.residual_scale == 1 else ResidualScale(config.residual_scale)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
@@ -97,10 +119,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.attn = Attention(config)
-        self.ls1 = LayerScale(config.embed_dim) if config.layer_scale else nn.Identity()
+        self.ls1 = branch_scale(config)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = Mlp(config)
-        self.ls2 = LayerScale(config.embed_dim) if config.layer_scale else nn.Identity()
+        self.ls2 = branch_scale(config)
 
     def add_mlp(self, x: Tensor) -> Tensor:
         """Return x plus the MLP branch; [B, T, D]."""
@@ -123,20 +145,45 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
+class ConvStem(nn.Module):
+    """Halve the image by convolutions with BatchNorm and ReLU, then cut and project; keys of LV-ViT.
+
+    Source: LV-ViT (arXiv 2104.10858); keys `conv1`, `bn1` to `bn3` and `proj` of the official code.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width = config.in_chans
+        for i, (kernel, stride) in enumerate(STEM_CONVOLUTIONS, 1):
+            conv = nn.Conv2d(width, STEM_WIDTH, kernel, stride=stride, padding=kernel // 2, bias=False)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(STEM_WIDTH, eps=BATCH_NORM_EPS))
+            width = STEM_WIDTH
+        self.proj = nn.Conv2d(width, config.embed_dim, config.proj_size, stride=config.proj_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return [B, N, D] of images [B, C, H, W]."""
+        x = images
+        for i in range(1, len(STEM_CONVOLUTIONS) + 1):
+            conv, norm = self.get_submodule(f"conv{i}"), self.get_submodule(f"bn{i}")
+            x = F.relu(norm(conv(x)))
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
 class VisionTransformer(nn.Module):
-    """ViT and DeiT, distilled or not, with registers or not, pooled by token or by average.
+    """ViT, DeiT and LV-ViT, distilled or not, with registers or not, pooled by token or by average.
 
     Args:
         config: the architecture; weights start as timm's do (truncated normal, 0.02).
 
-    Source: ViT (arXiv 2010.11929), DeiT (arXiv 2012.12877), registers (arXiv 2309.16588).
+    Source: ViT (arXiv 2010.11929), DeiT (arXiv 2012.12877), registers (arXiv 2309.16588), LV-ViT (arXiv 2104.10858).
     """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
         D = config.embed_dim
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config) if config.stem == "patch" else ConvStem(config)
         if config.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         if config.distilled:
@@ -151,6 +198,8 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(D, config.num_classes)
         if config.distilled:
             self.head_dist = nn.Linear(D, config.num_classes)
+        if config.aux_head:
+            self.aux_head = nn.Linear(D, config.num_classes)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -173,13 +222,37 @@ class VisionTransformer(nn.Module):
             return torch.cat([*prefix, x + self.pos_embed], 1)
         return torch.cat([*prefix, x], 1) + self.pos_embed
 
-    def classify(self, x: Tensor) -> Tensor:
-        """Return logits [B, classes] of the last block's output [B, P+N, D]."""
+    def classify(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return logits [B, classes] of the last block's output.
+
+        Args:
+            x: [B, P+N, D].
+            valid: [B, N] bool, the patch tokens an average or the aux head's maximum runs over; a mask in {0, 1} may be
+                float and then passes its gradient to the average. None means all. A head that reads the prefix alone
+                has no use for it.
+        """
         if self.config.global_pool == "avg":
-            return self.head(self.fc_norm(self.norm(x[:, self.config.num_prefix_tokens :]).mean(1)))
+            return self.head(self.fc_norm(self.average(x, valid)))
+        if self.config.aux_head:
+            return add_best_token(*self.class_and_token_logits(x), valid)
         x = self.fc_norm(self.norm(x[:, : self.config.num_head_tokens]))
         logits = self.head(x[:, 0])
         return (logits + self.head_dist(x[:, 1])) / 2 if self.config.distilled else logits
+
+    def average(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Return the mean [B, D] of the normed tokens `classify` pools; 0 when there are none."""
+        P, prefix_too = self.config.num_prefix_tokens, self.config.pool_include_prefix
+        x = self.norm(x if prefix_too else x[:, P:])
+        if valid is None:
+            return x.mean(1)
+        weight = valid.to(x.dtype)
+        weight = (torch.cat([weight.new_ones(len(x), P), weight], 1) if prefix_too else weight).unsqueeze(-1)
+        return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def class_and_token_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the two heads of a model with `aux_head` say: of CLS [B, classes], per patch [B, N, classes]."""
+        x = self.fc_norm(self.norm(x))
+        return self.head(x[:, 0]), self.aux_head(x[:, self.config.num_prefix_tokens :])
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of normalised images [B, C, H, W]."""
@@ -187,3 +260,21 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.classify(x)
+
+
+def add_best_token(class_logits: Tensor, token_logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the logits [B, classes] of a model with an aux head.
+
+    Args:
+        class_logits: [B, classes] of CLS.
+        token_logits: [B, N, classes] of the patch tokens.
+        valid: [B, N] in {0, 1}, the tokens whose maximum counts; None means all. An image without one gets nothing
+            added.
+
+    Source: LV-ViT (arXiv 2104.10858), evaluation of the official code; DynamicViT takes it over the tokens it keeps.
+    """
+    if valid is None:
+        return class_logits + AUX_WEIGHT * token_logits.amax(1)
+    keep = valid > 0.5
+    best = token_logits.masked_fill(~keep.unsqueeze(-1), -torch.inf).amax(1)
+    return class_logits + AUX_WEIGHT * torch.where(keep.any(1, keepdim=True), best, 0.0)

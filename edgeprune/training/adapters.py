@@ -19,7 +19,7 @@ from edgeprune.models.config import ViTConfig
 from edgeprune.pruning.base import Context, Method, Scorer, Stage, StageRequest, TopK, default_blocks
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.training import losses
-from edgeprune.training.masking import masked_forward
+from edgeprune.training.masking import MaskedOutput, masked_forward
 from edgeprune.training.recipes import Recipe
 
 
@@ -118,6 +118,8 @@ class RandomScorer(Scorer):
 class GumbelPolicy:
     """All tokens stay in the sequence, masks drawn from the predictors hide some, a dense teacher keeps it on course.
 
+    With an aux head the losses read CLS and the tokens apart, as the official code does; inference adds them up.
+
     Source: DynamicViT (arXiv 2106.02034) section 3.3.
     """
 
@@ -136,11 +138,17 @@ class GumbelPolicy:
         rates = [self.setup.target_rates()[stage.index] for stage in model.stages]
         keep = out.decisions[-1].detach()
         return {
-            "classification": losses.classification(out.logits, batch.labels, recipe.label_smoothing),
+            "classification": losses.classification(out.class_logits, batch.labels, recipe.label_smoothing),
             "ratio": recipe.ratio_weight * losses.ratio(out.decisions, rates),
-            "distillation": recipe.distill_weight * losses.distillation(out.logits, dense.logits),
-            "tokens": recipe.token_weight * losses.token_distillation(out.features, dense.features, keep),
+            "distillation": recipe.distill_weight * losses.distillation(out.class_logits, dense.class_logits),
+            "tokens": recipe.token_weight * self.token_loss(out, dense, keep),
         }
+
+    def token_loss(self, student: MaskedOutput, teacher: MaskedOutput, keep: Tensor) -> Tensor:
+        """Return how far the kept tokens are from the teacher's: by class scores where every token has them."""
+        if student.token_logits is None or teacher.token_logits is None:
+            return losses.token_distillation(student.features, teacher.features, keep)
+        return losses.token_class_distillation(student.token_logits, teacher.token_logits, keep)
 
 
 ADAPTERS: dict[str, type[HardGather] | type[GumbelPolicy]] = {

@@ -50,3 +50,20 @@ def token_distillation(student: Tensor, teacher: Tensor, keep: Tensor) -> Tensor
     """
     error = (student - teacher).square().mean(-1)
     return (error * keep).sum() / keep.sum().clamp(min=1)
+
+
+def token_class_distillation(student_logits: Tensor, teacher_logits: Tensor, keep: Tensor) -> Tensor:
+    """KL divergence between the class scores of kept tokens, averaged over all kept tokens of the batch, temperature 1.
+
+    It stands in for `token_distillation` where a head scores every token (LV-ViT); 0 when no token is kept.
+
+    Args:
+        student_logits: [B, N, classes] of the aux head.
+        teacher_logits: [B, N, classes] the same of the dense model, without gradient.
+        keep: [B, N] in {0, 1}, the last decision, without gradient.
+
+    Source: the official code of DynamicViT for LV-ViT, KL(teacher || student); raoyongming/DynamicViT#12 says why.
+    """
+    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return (divergence * keep).sum() / keep.sum().clamp(min=1)

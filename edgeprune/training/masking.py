@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgeprune.models.vit import add_best_token
 from edgeprune.pruning.base import Stage, Where
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.pruning.predictor import Predictor
@@ -24,12 +25,17 @@ class MaskedOutput:
     Attributes:
         logits: [B, classes].
         features: [B, N, D] patch features behind the last LayerNorm, of dropped tokens too.
+        class_logits: [B, classes] that the classification losses read: those of CLS alone when the model has an aux
+            head, else `logits`.
         decisions: per stage [B, N] in {0, 1}, each at most the one before.
+        token_logits: [B, N, classes] of the aux head, of dropped tokens too; None without one.
     """
 
     logits: Tensor
     features: Tensor
+    class_logits: Tensor
     decisions: list[Tensor] = field(default_factory=list)
+    token_logits: Tensor | None = None
 
 
 def gumbel_decision(stage: Stage, logits: Tensor) -> Tensor:
@@ -64,13 +70,14 @@ def masked_forward(model: PrunedViT, images: Tensor, decide: Decide = gumbel_dec
             policy = torch.cat([keep.new_ones(len(x), P), keep], 1)
         x = block(x, policy)
     features = model.fc_norm(model.norm(x))[:, P:]
-    return MaskedOutput(_classify(model, x, keep), features, decisions)
+    return _classify(model, x, keep, features, decisions)
 
 
-def _classify(model: PrunedViT, x: Tensor, keep: Tensor) -> Tensor:
-    """Return logits [B, classes] of x [B, P+N, D]; an average over patches runs over the kept ones."""
-    if model.config.global_pool != "avg":
-        return model.classify(x)
-    weight = keep.unsqueeze(-1)
-    patches = model.norm(x)[:, model.config.num_prefix_tokens :]
-    return model.head(model.fc_norm((patches * weight).sum(1) / weight.sum(1).clamp(min=1)))
+def _classify(model: PrunedViT, x: Tensor, keep: Tensor, features: Tensor, decisions: list[Tensor]) -> MaskedOutput:
+    """Classify x [B, P+N, D]; an average and the aux head's maximum run over the kept patches."""
+    if not model.config.aux_head:
+        logits = model.classify(x, keep)
+        return MaskedOutput(logits, features, logits, decisions)
+    class_logits, token_logits = model.class_and_token_logits(x)
+    logits = add_best_token(class_logits, token_logits, keep)
+    return MaskedOutput(logits, features, class_logits, decisions, token_logits)

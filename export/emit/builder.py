@@ -135,7 +135,7 @@ class GraphBuilder:
         return self.node("Concat", parts, shape=shape, name=name, dtype=parts[0].dtype, axis=axis)
 
     def reduce(self, op: str, x: gs.Tensor, axis: int, *, keepdims: bool, name: str) -> gs.Variable:
-        """ReduceMean or ReduceSum over one axis, in the form the opset wants."""
+        """ReduceMean, ReduceMax or ReduceSum over one axis, in the form the opset wants."""
         shape = [d for i, d in enumerate(x.shape) if i != axis]
         if keepdims:
             shape.insert(axis, 1)

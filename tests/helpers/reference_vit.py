@@ -10,6 +10,15 @@ from torch import Tensor
 
 from edgeprune.models.config import ViTConfig
 
+LVVIT: dict[str, object] = {
+    "stem": "lvvit",
+    "residual_scale": 2.0,
+    "qkv_bias": False,
+    "mlp_ratio": 3.0,
+    "aux_head": True,
+    "norm_eps": 1e-5,
+}
+
 
 def tiny(**fields: object) -> ViTConfig:
     """Return a model of 16 patches, 2 blocks and width 32."""
@@ -17,13 +26,42 @@ def tiny(**fields: object) -> ViTConfig:
     return ViTConfig(**{"name": "tiny", "num_classes": 5, **small, **fields})
 
 
+def tiny_lvvit(**fields: object) -> ViTConfig:
+    """Return `tiny` as an LV-ViT."""
+    return tiny(**{**LVVIT, **fields})
+
+
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Return the module in eval mode, every parameter random, so that a forgotten bias or token shows."""
+    """Return the module in eval mode, every parameter random, so that a forgotten bias or token shows.
+
+    Running statistics of a BatchNorm are random too.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        randomize_statistics(module, generator)
     return module.eval()
+
+
+def randomize_statistics(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Give every BatchNorm running statistics away from 0 and 1."""
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+        elif name.endswith("running_var"):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) * 2 + 0.1)
+
+
+def stem(w: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """Return the maps [B, 64, H / 2, W / 2] that LV-ViT projects: three times convolution, BatchNorm, ReLU."""
+    x = images
+    for i, (stride, padding) in enumerate(((2, 3), (1, 1), (1, 1)), 1):
+        x = F.conv2d(x, w[f"patch_embed.conv{i}.weight"], stride=stride, padding=padding)
+        parts = ("running_mean", "running_var", "weight", "bias")
+        mean, var, gain, shift = (w[f"patch_embed.bn{i}.{part}"][:, None, None] for part in parts)
+        x = ((x - mean) / (var + 1e-5).sqrt() * gain + shift).clamp(min=0)
+    return x
 
 
 def logits(config: ViTConfig, w: Mapping[str, Tensor], images: Tensor) -> Tensor:
@@ -40,6 +78,8 @@ def logits(config: ViTConfig, w: Mapping[str, Tensor], images: Tensor) -> Tensor
         return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     p, q = config.patch_size
+    if config.stem == "lvvit":
+        images, p, q = stem(w, images), p // 2, q // 2
     rows, cols = config.grid
     cut = images.reshape(B, -1, rows, p, cols, q).permute(0, 2, 4, 1, 3, 5).reshape(B, rows * cols, -1)
     x = cut @ w["patch_embed.proj.weight"].reshape(D, -1).T + w["patch_embed.proj.bias"]
@@ -59,14 +99,17 @@ def logits(config: ViTConfig, w: Mapping[str, Tensor], images: Tensor) -> Tensor
             query, key, value = (qkv[..., s * D + h * d : s * D + (h + 1) * d] for s in range(3))
             heads.append((query @ key.transpose(1, 2) / d**0.5).softmax(-1) @ value)
         y = linear(torch.cat(heads, -1), f"{b}.attn.proj")
-        x = x + y * w.get(f"{b}.ls1.gamma", torch.ones(()))
+        x = x + y * w.get(f"{b}.ls1.gamma", torch.ones(())) / config.residual_scale
         y = linear(F.gelu(linear(norm(x, f"{b}.norm2"), f"{b}.mlp.fc1")), f"{b}.mlp.fc2")
-        x = x + y * w.get(f"{b}.ls2.gamma", torch.ones(()))
+        x = x + y * w.get(f"{b}.ls2.gamma", torch.ones(())) / config.residual_scale
 
     if not config.fc_norm:
         x = norm(x, "norm")
-    pooled = x[:, P:].mean(1) if config.global_pool == "avg" else x[:, 0]
+    first = 0 if config.pool_include_prefix else P
+    pooled = x[:, first:].mean(1) if config.global_pool == "avg" else x[:, 0]
     if config.fc_norm:
         pooled = norm(pooled, "fc_norm")
     out = linear(pooled, "head")
+    if config.aux_head:
+        out = out + 0.5 * linear(x[:, P:], "aux_head").max(1).values
     return (out + linear(x[:, 1], "head_dist")) / 2 if config.distilled else out

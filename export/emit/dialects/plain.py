@@ -84,6 +84,16 @@ class PlainDialect:
         flat = g.reshape(maps, [g.batch, D, grid[0] * grid[1]], name="flatten")
         return g.transpose(flat, [0, 2, 1])
 
+    def convolve(
+        self, g: GraphBuilder, name: str, x: gs.Tensor, weight: np.ndarray, bias: np.ndarray, key: str, stride: int
+    ) -> gs.Tensor:
+        """Return the convolution of maps x [B, C, H, W], padded by half a kernel; sides are multiples of the stride."""
+        out, _, *kernel = weight.shape
+        shape = [g.batch, out, *(side // stride for side in x.shape[2:])]
+        inputs = [x, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
+        pads = [k // 2 for k in kernel] * 2
+        return g.node("Conv", inputs, shape=shape, name=name, kernel_shape=kernel, strides=[stride, stride], pads=pads)
+
     def split_heads(self, g: GraphBuilder, name: str, x: gs.Tensor, heads: int, perm: Sequence[int]) -> gs.Tensor:
         """Return x [B, T, D] as [B, T, H, d] permuted."""
         _, T, D = x.shape

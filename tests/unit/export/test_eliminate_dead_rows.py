@@ -15,6 +15,7 @@ from edgeprune.export.pipeline import PLAN_PASSES
 from edgeprune.export.plan import Block, Head, Plan, Rows, build_plan
 from edgeprune.models.registry import get_model_config
 from tests.helpers.lowering import Lowered, lowered, noise, random_model, reference, relative_error, small, stages_of
+from tests.helpers.reference_vit import LVVIT
 
 TARGETS = ["onnx", "ort-cpu"]
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
@@ -39,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no qkv bias": {"qkv_bias": False},
     "oblong image": {"image_size": (32, 48)},
     "oblong patch": {"patch_size": (4, 8)},
+    "LV-ViT": LVVIT,
 }
 
 
@@ -143,8 +145,9 @@ def test_last_block_computes_what_the_classifier_reads() -> None:
         assert isinstance(after.steps[-2], Block) and after.steps[-2].tokens_out == read
 
 
-def test_average_pooling_reads_every_row() -> None:
-    before, after = plan_of({"global_pool": "avg"}, "dense")
+@pytest.mark.parametrize("fields", [{"global_pool": "avg"}, {"aux_head": True}], ids=["average", "aux head"])
+def test_classifier_of_every_row_leaves_the_last_block_whole(fields: dict[str, Any]) -> None:
+    before, after = plan_of(fields, "dense")
     assert after == before
 
 

@@ -96,8 +96,9 @@ def test_graph_agrees_with_torch_in_every_opset(tmp_path: Path, opset: int, meth
         {"reg_tokens": 4, "no_embed_class": True, "global_pool": "avg", "fc_norm": True, "class_token": False},
         {"layer_scale": True, "qkv_bias": False},
         {"image_size": (48, 32), "patch_size": (16, 8), "in_chans": 1, "num_heads": 4, "mlp_ratio": 2.5},
+        {"global_pool": "avg", "fc_norm": True, "pool_include_prefix": True},
     ],
-    ids=["distilled", "registers, average pooling", "layer scale", "oblong, grey"],
+    ids=["distilled", "registers, average pooling", "layer scale", "oblong, grey", "average over the prefix too"],
 )
 def test_graph_of_another_architecture_agrees_with_torch(tmp_path: Path, fields: dict[str, Any], target: str) -> None:
     graph, model = made(tmp_path, "dynamicvit", target, small(depth=2, **fields), batch=(2, 2))

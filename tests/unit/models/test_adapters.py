@@ -54,6 +54,7 @@ class VisionTransformer(nn.Module):
         self.norm, self.fc_norm = (nn.Identity(), norm) if config.fc_norm else (norm, nn.Identity())
         self.head = nn.Linear(D, config.num_classes)
         self.global_pool, self.no_embed_class = config.global_pool, config.no_embed_class
+        self.pool_include_prefix = config.pool_include_prefix
         self.pretrained_cfg = {"architecture": "vit_fake", "mean": (0.1, 0.2, 0.3), "std": [0.4, 0.5, 0.6]}
         self.pretrained_cfg |= {"crop_pct": 0.95, "interpolation": "bilinear"}
 
@@ -175,6 +176,7 @@ SHAPES = {
         "reg_tokens": 4,
         "no_embed_class": True,
     },
+    "average over the prefix too": {"global_pool": "avg", "fc_norm": True, "pool_include_prefix": True},
     "layer scale without qkv bias": {"layer_scale": True, "qkv_bias": False},
     "other epsilon and size": {"norm_eps": 1e-5, "image_size": (16, 48), "in_chans": 1},
 }
@@ -228,7 +230,6 @@ REFUSED = {
     "quick gelu": (lambda m: setattr(m.blocks[1].mlp, "act", nn.SiLU()), "activation"),
     "tanh gelu": (lambda m: setattr(m.blocks[0].mlp, "act", nn.GELU("tanh")), "activation"),
     "map pooling": (lambda m: setattr(m, "global_pool", "map"), "'map'"),
-    "pooled prefix": (lambda m: setattr(m, "pool_include_prefix", True), "prefix"),
     "no classifier": (lambda m: setattr(m, "head", nn.Identity()), "classifier"),
     "qk norm": (lambda m: setattr(m.blocks[0].attn, "q_norm", nn.LayerNorm(16, eps=1e-6)), "q_norm"),
     "pre norm": (lambda m: setattr(m, "norm_pre", nn.LayerNorm(32, eps=1e-6)), "norm_pre"),

@@ -10,7 +10,7 @@ from edgeprune.pruning import get_method
 from edgeprune.pruning.base import StageRequest
 from edgeprune.pruning.model import PrunedViT
 from tests.helpers import reference_vit
-from tests.helpers.reference_vit import randomize, tiny
+from tests.helpers.reference_vit import randomize, tiny, tiny_lvvit
 
 VARIANTS = {
     "class token": tiny(),
@@ -25,6 +25,12 @@ VARIANTS = {
     "token pooling with fc_norm": tiny(fc_norm=True),
     "layer scale, no qkv bias": tiny(layer_scale=True, qkv_bias=False),
     "oblong image and patches": tiny(image_size=(16, 48), patch_size=(8, 4), in_chans=1),
+    "average over the prefix too": tiny(global_pool="avg", fc_norm=True, pool_include_prefix=True, reg_tokens=1),
+    "LV-ViT": tiny_lvvit(),
+    "LV-ViT, oblong, grey, registers": tiny_lvvit(image_size=(16, 48), patch_size=(8, 4), in_chans=1, reg_tokens=2),
+    "convolutional stem alone": tiny(stem="lvvit"),
+    "aux head alone": tiny(aux_head=True),
+    "residual scale that is no power of two": tiny(residual_scale=3.0),
 }
 
 
@@ -56,6 +62,9 @@ def test_forward_equals_formula(config):
         ("vit_large_patch16_224", 304.327, 296),
         ("vit_base_patch16_reg4_gap_256", 86.615, 152),
         ("vit_base_patch16_gap_224", 86.567, 151),
+        ("vit_large_patch16_224.mae", 304.327, 296),
+        ("lvvit_s", 26.152, 204),
+        ("lvvit_m", 55.831, 248),
     ],
 )
 def test_registered_model_has_published_parameters(name, millions, keys):
@@ -111,6 +120,14 @@ def test_image_size_sets_patch_tokens(size):
     assert tokens.shape == (1, 1 + size[0] * size[1] // 64, 32)
 
 
+def test_average_that_includes_the_prefix_is_the_mean_of_every_row():
+    model = randomize(VisionTransformer(tiny(global_pool="avg", fc_norm=True, pool_include_prefix=True)))
+    tokens = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.head(model.fc_norm(tokens.mean(1)))
+        torch.testing.assert_close(model.classify(tokens), expected)
+
+
 def test_average_pooling_leaves_prefix_out():
     model = randomize(VisionTransformer(tiny(reg_tokens=2, global_pool="avg")))
     tokens = torch.randn(1, 19, 32, generator=torch.Generator().manual_seed(0))
@@ -144,6 +161,13 @@ def test_policy_removes_dropped_keys_but_keeps_self():
         ({"distilled": True, "global_pool": "avg"}, "average"),
         ({"reg_tokens": -1}, "reg_tokens"),
         ({"mlp_ratio": 0.0}, "mlp_dim"),
+        ({"pool_include_prefix": True}, "pool_include_prefix"),
+        ({"aux_head": True, "global_pool": "avg"}, "aux_head"),
+        ({"aux_head": True, "distilled": True}, "aux_head"),
+        ({"stem": "conv"}, "conv"),
+        ({"stem": "lvvit", "patch_size": (1, 8)}, "1x8"),
+        ({"residual_scale": 0.0}, "residual_scale"),
+        ({"residual_scale": 2.0, "layer_scale": True}, "layer_scale"),
     ],
 )
 def test_config_is_refused_when_it_cannot_be_built(fields, word):

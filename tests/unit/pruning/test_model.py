@@ -12,6 +12,7 @@ from edgeprune.pruning.model import PrunedOutput, PrunedViT
 from tests.helpers import reference_pruning, reference_vit
 from tests.helpers.lowering import noise, random_model, small, stages_of
 from tests.helpers.reference_pruning import Outcome
+from tests.helpers.reference_vit import LVVIT
 
 VARIANTS = {
     "class token": {},
@@ -26,6 +27,8 @@ VARIANTS = {
     },
     "layer scale, no qkv bias": {"layer_scale": True, "qkv_bias": False},
     "oblong image": {"image_size": (32, 48)},
+    "average over the prefix too": {"global_pool": "avg", "fc_norm": True, "pool_include_prefix": True},
+    "LV-ViT": LVVIT,
 }
 BATCH = 3
 

@@ -38,6 +38,20 @@ def test_token_distillation_is_zero_when_nothing_is_kept() -> None:
     assert losses.token_distillation(ones, ones + 1, torch.zeros(2, 3)).item() == 0
 
 
+def test_token_class_distillation_is_the_mean_divergence_of_kept_tokens() -> None:
+    teacher = torch.tensor([[[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]]])
+    student = torch.tensor([[[0.5, 0.5], [0.5, 0.5], [0.1, 0.9]]])
+    keep = torch.tensor([[1.0, 1, 0]])
+    expected = (0.2 * math.log(0.2 / 0.5) + 0.8 * math.log(0.8 / 0.5) + 0) / 2
+    value = losses.token_class_distillation(student.log(), teacher.log(), keep)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_token_class_distillation_is_zero_when_nothing_is_kept() -> None:
+    ones = torch.ones(2, 3, 4)
+    assert losses.token_class_distillation(ones, ones * torch.arange(4.0), torch.zeros(2, 3)).item() == 0
+
+
 def test_classification_smooths_labels() -> None:
     logits = torch.tensor([[2.0, 0.0]])
     log = logits.log_softmax(-1)[0]

@@ -10,7 +10,7 @@ from edgeprune.pruning.base import Stage, StageRequest
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.pruning.ops import rank_tokens
 from edgeprune.training.masking import gumbel_decision, masked_forward
-from tests.helpers.reference_vit import randomize, tiny
+from tests.helpers.reference_vit import LVVIT, randomize, tiny, tiny_lvvit
 
 KINDS = {
     "plain": {},
@@ -18,6 +18,8 @@ KINDS = {
     "registers": {"reg_tokens": 3},
     "average": {"class_token": False, "global_pool": "avg"},
     "average-fc-norm": {"class_token": False, "global_pool": "avg", "fc_norm": True},
+    "average-with-prefix": {"global_pool": "avg", "fc_norm": True, "pool_include_prefix": True},
+    "lvvit": LVVIT,
 }
 
 
@@ -112,10 +114,27 @@ def test_prefix_is_never_scored_nor_masked(kind: str, monkeypatch: pytest.Monkey
         assert torch.equal(policy[:, P:], torch.zeros(3, 16))
 
 
-def test_everything_dropped_stays_finite() -> None:
-    model = dynamicvit(tiny(depth=6))
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_dropped_stays_finite(kind: str) -> None:
+    model = dynamicvit(tiny(depth=6, **KINDS[kind]))
     out = masked_forward(model, images(model.config), lambda stage, logits: logits[..., 0] * 0)
     assert out.logits.isfinite().all()
+
+
+def test_aux_head_scores_every_token_and_the_best_kept_one_counts() -> None:
+    model = dynamicvit(tiny_lvvit(depth=6))
+    with torch.no_grad():
+        out = masked_forward(model, images(model.config), best([]))
+    assert out.token_logits is not None
+    assert out.token_logits.shape == (3, 16, 5)
+    kept = [out.token_logits[b][out.decisions[-1][b] > 0].amax(0) for b in range(3)]
+    torch.testing.assert_close(out.logits, out.class_logits + 0.5 * torch.stack(kept))
+
+
+def test_without_aux_head_the_losses_read_the_logits() -> None:
+    out = masked_forward(dynamicvit(tiny(depth=6)), images(tiny()))
+    assert out.class_logits is out.logits
+    assert out.token_logits is None
 
 
 def test_gumbel_decision_draws_by_the_probabilities() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from edgeprune.models.config import ViTConfig
 from edgeprune.pruning import METHODS, get_method
 from edgeprune.pruning.base import StageRequest
 from edgeprune.pruning.model import PrunedViT
@@ -12,18 +13,20 @@ from edgeprune.training import losses
 from edgeprune.training.adapters import ADAPTERS, Batch, RandomGather, Setup, closed_share, with_stages
 from edgeprune.training.masking import masked_forward
 from edgeprune.training.recipes import DIGITS_RECIPES, FOLDER_RECIPES, Recipe
-from tests.helpers.reference_vit import randomize, tiny
+from tests.helpers.reference_vit import randomize, tiny, tiny_lvvit
 
 RECIPE = Recipe(source="test", epochs=1, batch_size=4, lr=1e-3, label_smoothing=0.0)
 CONFIG = tiny(depth=6)
 
 
-def setup(name: str, keep_rate: float = 0.6, recipe: Recipe = RECIPE, **options: Any) -> tuple[Setup, PrunedViT]:
+def setup(
+    name: str, keep_rate: float = 0.6, recipe: Recipe = RECIPE, config: ViTConfig = CONFIG, **options: Any
+) -> tuple[Setup, PrunedViT]:
     method = get_method(name)
     where, values = StageRequest(keep_rate), method.parse_options(options)
-    teacher = randomize(PrunedViT(CONFIG), seed=7)
-    model = randomize(PrunedViT(CONFIG, method.stages(CONFIG, where, values)))
-    return Setup(CONFIG, method, where, values, recipe, teacher), model
+    teacher = randomize(PrunedViT(config), seed=7)
+    model = randomize(PrunedViT(config, method.stages(config, where, values)))
+    return Setup(config, method, where, values, recipe, teacher), model
 
 
 def batch(epoch: float = 0.0) -> Batch:
@@ -124,6 +127,29 @@ def test_dynamicvit_adds_up_its_four_losses() -> None:
     assert {k: v.item() for k, v in parts.items()} == pytest.approx(
         {k: v.item() for k, v in expected.items()}, rel=1e-4
     )
+
+
+def test_dynamicvit_with_an_aux_head_reads_cls_and_tokens_apart() -> None:
+    made, model = setup("dynamicvit", config=tiny_lvvit(depth=6))
+    torch.manual_seed(5)
+    parts = ADAPTERS["dynamicvit"](made).losses(model, batch())
+    torch.manual_seed(5)
+    with torch.no_grad():
+        assert made.teacher is not None
+        out, dense = masked_forward(model, batch().images), masked_forward(made.teacher, batch().images)
+    assert out.token_logits is not None and dense.token_logits is not None
+    keep = out.decisions[-1]
+    expected = {
+        "classification": losses.classification(out.class_logits, batch().labels),
+        "distillation": 0.5 * losses.distillation(out.class_logits, dense.class_logits),
+        "ratio": 2 * losses.ratio(out.decisions, [0.6, 0.36, 0.216]),
+        "tokens": 0.5 * losses.token_class_distillation(out.token_logits, dense.token_logits, keep),
+    }
+    assert {k: v.item() for k, v in parts.items()} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-4
+    )
+    torch.stack(list(parts.values())).sum().backward()
+    assert model.aux_head.weight.grad is not None and model.aux_head.weight.grad.abs().max() > 0
 
 
 def test_rates_follow_stages_that_were_left_out() -> None:
