@@ -30,9 +30,16 @@ class Attention(nn.Module):
         B, H, T, d = context.shape
         return self.proj(context.transpose(1, 2).reshape(B, T, H * d))
 
-    def probabilities(self, q: Tensor, k: Tensor, policy: Tensor | None = None) -> Tensor:
-        """Return attention [B, H, Tq, Tk]; with a policy [B, Tk] in {0, 1} the masked softmax of `policy_softmax`."""
+    def probabilities(self, q: Tensor, k: Tensor, policy: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Return attention [B, H, Tq, Tk].
+
+        Args:
+            q, k: [B, H, T, d].
+            policy: [B, Tk] in {0, 1}, for the masked softmax of `policy_softmax`.
+            bias: added to the logits, for example [B, 1, 1, Tk].
+        """
         logits = (q @ k.transpose(-2, -1)) * self.scale
+        logits = logits if bias is None else logits + bias
         return logits.softmax(-1) if policy is None else policy_softmax(logits, policy)
 
     def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:

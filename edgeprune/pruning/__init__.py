@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from edgeprune.errors import InputError
-from edgeprune.pruning import dynamicvit, evit, random
+from edgeprune.pruning import asvit, ats, cropr, dynamicvit, evit, random, sait, tome
 from edgeprune.pruning.base import Method
 from edgeprune.pruning.counts import DYNAMICVIT_RULE
 
@@ -17,7 +17,20 @@ DENSE = Method(
     make_stages=lambda config, blocks, counts, options: [],
 )
 
-METHODS: dict[str, Method] = {m.name: m for m in (DENSE, dynamicvit.METHOD, evit.METHOD, random.METHOD)}
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        DENSE,
+        dynamicvit.METHOD,
+        evit.METHOD,
+        ats.METHOD,
+        asvit.METHOD,
+        sait.METHOD,
+        cropr.METHOD,
+        tome.METHOD,
+        random.METHOD,
+    )
+}
 
 
 def get_method(name: str) -> Method:

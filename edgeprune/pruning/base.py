@@ -23,35 +23,49 @@ if TYPE_CHECKING:
 class Where(str, Enum):
     """The place of a stage relative to its block."""
 
-    PRE_BLOCK = "pre_block"  # on the residual stream, before the block
+    PRE_BLOCK = "pre_block"  # on the residual stream, before the block; attention read here is the previous block's
     MID_BLOCK = "mid_block"  # after the attention residual, before the MLP
 
 
 class Needs(str, Enum):
-    """What a scorer reads; the block computes that and nothing more."""
+    """What a scorer reads; the block computes that and nothing more, the main attention stays fusable."""
 
     TOKENS = "tokens"  # the patch tokens themselves, [B, N, D]
-    CLASS_ATTENTION = "class_attention"  # the CLS row of the same block's attention, [B, H, N]
-    NOTHING = "nothing"
+    CLASS_ATTENTION = "class_attention"  # the CLS row of the attention, [B, H, N]
+    MEAN_ATTENTION = "mean_attention"  # the attention a token receives, mean over heads and queries, [B, N]
+    KEYS = "keys"  # [B, H, N, d]
+    VALUES = "values"  # [B, H, N, d]
+    CONTEXT = "context"  # what the attention puts out per head, before the projection, [B, H, N, d]
+
+
+OF_ATTENTION = frozenset(Needs) - {Needs.TOKENS}
 
 
 @dataclass
 class Context:
-    """What a stage sees.
+    """What a stage sees; a field is None unless the scorer needs it.
 
     Attributes:
         tokens: [B, N, D] patch tokens at the place of the stage.
-        class_attention: [B, H, N] attention of the CLS query over the patch tokens, when the scorer needs it.
+        valid: [B, N] bool, slots that hold a token; None when all do.
+        class_attention: [B, H, N] attention of the CLS query over the patch tokens.
+        mean_attention: [B, N] attention the patch tokens receive, mean over heads and queries.
+        keys, values, context: [B, H, N, d] of the patch tokens.
     """
 
     tokens: Tensor
+    valid: Tensor | None = None
     class_attention: Tensor | None = None
+    mean_attention: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    context: Tensor | None = None
 
 
 class Scorer:
     """Ranks tokens; higher stays. Subclasses are frozen dataclasses."""
 
-    needs: Needs = Needs.NOTHING
+    needs: frozenset[Needs] = frozenset()
 
     def build(self, config: ViTConfig) -> nn.Module | None:
         """Return the module that holds the scorer's weights, or None when it has none."""
@@ -62,16 +76,48 @@ class Scorer:
         return 0
 
     def score(self, context: Context, module: nn.Module | None) -> Tensor:
-        """Return scores [B, N] float32."""
+        """Return scores [B, N] float32; slots without a token may hold anything finite."""
         raise NotImplementedError
+
+
+@dataclass
+class Selection:
+    """Which tokens stay.
+
+    Attributes:
+        positions: [B, K] int64 into the N tokens, best first.
+        counts: [B] int64 tokens the image keeps; slots from there on are not its tokens. More than K means that the
+            slots did not suffice.
+    """
+
+    positions: Tensor
+    counts: Tensor
 
 
 class Selector:
-    """Chooses tokens from scores. Subclasses are frozen dataclasses."""
+    """Chooses tokens from scores. Subclasses are frozen dataclasses.
 
-    def select(self, scores: Tensor) -> Tensor:
-        """Return positions [B, K] int64 of the tokens that stay."""
+    Attributes:
+        adaptive: the number of tokens depends on the image; the stage's count is then the number of slots.
+    """
+
+    adaptive: bool = False
+
+    def select(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Selection:
+        """Return the choice.
+
+        Args:
+            scores: [B, N] float32.
+            valid: [B, N] bool, slots that hold a token; None when all do.
+            module: the stage's weights, None when it has none.
+        """
         raise NotImplementedError
+
+    def margin(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Tensor:
+        """Return [B]: how far an image's choice is from another one, as a share of the largest score."""
+        import torch
+
+        return torch.full((len(scores),), torch.inf)
 
 
 @dataclass(frozen=True)
@@ -80,11 +126,17 @@ class TopK(Selector):
 
     k: int
 
-    def select(self, scores: Tensor) -> Tensor:
-        """Return positions [B, k] int64, best first."""
+    def select(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Selection:
+        """Return `k` positions for every image."""
         from edgeprune.pruning.ops import rank_tokens
 
-        return rank_tokens(scores)[:, : self.k]
+        return Selection(rank_tokens(scores)[:, : self.k], scores.new_full((len(scores),), self.k).long())
+
+    def margin(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Tensor:
+        """Return [B]: between the worst kept and the best dropped score."""
+        from edgeprune.pruning.adaptive import rank_margin
+
+        return rank_margin(scores, self.k)
 
 
 @dataclass(frozen=True)
@@ -93,11 +145,12 @@ class Constant(Selector):
 
     indices: tuple[int, ...]
 
-    def select(self, scores: Tensor) -> Tensor:
-        """Return positions [B, K] int64."""
+    def select(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Selection:
+        """Return the positions for every image."""
         import torch
 
-        return torch.tensor(self.indices, device=scores.device).expand(len(scores), -1)
+        positions = torch.tensor(self.indices, device=scores.device).expand(len(scores), -1)
+        return Selection(positions, scores.new_full((len(scores),), len(self.indices)).long())
 
 
 class Reducer(str, Enum):
@@ -105,6 +158,8 @@ class Reducer(str, Enum):
 
     DROP = "drop"
     FUSE = "fuse"  # their score-weighted sum stands behind the kept tokens (EViT)
+    STASH = "stash"  # they wait, as they are, and come back in front of the last block (last-layer fusion of Cropr)
+    MERGE = "merge"  # each is averaged into the token most like it (ToMe)
 
 
 @dataclass(frozen=True)
@@ -114,7 +169,7 @@ class Stage:
     Attributes:
         block: 0-based block index.
         where: place relative to that block.
-        counts: tokens before and after, resolved.
+        counts: tokens before and after, resolved; of an adaptive stage, slots.
         index: the stage's place in the method's list; its weights live under `prune.<index>.`.
     """
 
@@ -126,6 +181,13 @@ class Stage:
     counts: StageCounts
     index: int = 0
 
+    @property
+    def attention_block(self) -> int | None:
+        """The block whose attention the scorer reads, None when it reads none."""
+        if not self.scorer.needs & OF_ATTENTION:
+            return None
+        return self.block - 1 if self.where is Where.PRE_BLOCK else self.block
+
 
 @dataclass(frozen=True)
 class MethodOption:
@@ -134,6 +196,7 @@ class MethodOption:
     Attributes:
         kind: bool, int, float or str; how the text is read.
         choices: allowed values, empty for any.
+        least, most: limits of a number, None for none.
     """
 
     name: str
@@ -141,6 +204,8 @@ class MethodOption:
     default: Any
     help: str
     choices: tuple[Any, ...] = ()
+    least: float | None = None
+    most: float | None = None
 
     def parse(self, text: str, method: str) -> Any:
         """Return the value a text stands for.
@@ -156,7 +221,7 @@ class MethodOption:
                 value = self.kind(text)
             except ValueError:
                 value = None
-        if value is None or (self.choices and value not in self.choices):
+        if value is None or (self.choices and value not in self.choices) or not self._within(value):
             raise InputError(
                 f"--method-option {self.name}={text} does not fit method '{method}'",
                 code="method-option",
@@ -165,8 +230,13 @@ class MethodOption:
             )
         return value
 
+    def _within(self, value: Any) -> bool:
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
     def _kind_text(self) -> str:
-        return {bool: "true or false", int: "a whole number", float: "a number"}.get(self.kind, "a text")
+        text = {bool: "true or false", int: "a whole number", float: "a number"}.get(self.kind, "a text")
+        text += "" if self.least is None else f", at least {self.least:g}"
+        return text + ("" if self.most is None else f", at most {self.most:g}")
 
 
 @dataclass(frozen=True)
@@ -178,6 +248,9 @@ class StageRequest:
     rates: tuple[float, ...] | None = None
 
 
+Schedule = tuple[tuple[int, ...], tuple[StageCounts, ...]]  # blocks, and the counts of each
+
+
 @dataclass(frozen=True)
 class Method:
     """A pruning method: everything the tool needs to know of it.
@@ -185,21 +258,31 @@ class Method:
     Attributes:
         summary: one line for `edgeprune methods`.
         source: paper and section.
-        rule: how keep rates become counts.
+        rule: how keep rates become counts (of an adaptive method, slots); None when the method's options say how many
+            tokens go and a keep rate has no meaning.
         make_stages: builds the stages from (config, blocks, counts, options).
+        schedule: blocks and counts from (config, request, options) where the rule does not say it all.
+        default_blocks: places of the stages for (config, options).
         needs_class_token: the method reads the CLS token.
         key_prefixes: official state_dict prefix -> ours, both ways.
-        exact_in_batch: an image's logits do not depend on what else is in the batch.
+        training_keys: regular expression of keys, by either name, that only training reads.
+        notes: what a user should know of it: where it follows the paper, the official code or our reading, licences.
     """
 
     name: str
     summary: str
     source: str
-    rule: CountRule
+    rule: CountRule | None
     make_stages: Callable[[ViTConfig, Sequence[int], Sequence[StageCounts], Mapping[str, Any]], list[Stage]]
+    schedule: Callable[[ViTConfig, StageRequest, Mapping[str, Any]], Schedule] | None = None
+    default_blocks: Callable[[ViTConfig, Mapping[str, Any]], tuple[int, ...]] = lambda config, options: quarter_blocks(
+        config.depth
+    )
     needs_class_token: bool = False
     options: tuple[MethodOption, ...] = ()
     key_prefixes: Mapping[str, str] = field(default_factory=dict)
+    training_keys: str | None = None
+    notes: tuple[str, ...] = ()
 
     def parse_options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return every option with its value, defaults filled in; texts are parsed, other values are taken.
@@ -220,13 +303,29 @@ class Method:
             values[name] = known[name].parse(value, self.name) if isinstance(value, str) else value
         return values
 
+    def blocks(self, config: ViTConfig, request: StageRequest, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the places of the stages: those of the request, or the method's own.
+
+        Raises:
+            InputError: `stages` when they do not fit the model.
+        """
+        blocks = self.default_blocks(config, options) if request.blocks is None else request.blocks
+        check_blocks(blocks, config.depth)
+        return blocks
+
+    def rates(self, config: ViTConfig, request: StageRequest, options: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return the keep rate of every stage in the sense of the method's rule."""
+        assert self.rule is not None
+        blocks = self.blocks(config, request, options)
+        return request.rates or self.rule.stage_rates(request.keep_rate, len(blocks))
+
     def stages(self, config: ViTConfig, request: StageRequest, options: Mapping[str, Any]) -> tuple[Stage, ...]:
         """Return the stages that change something, counts resolved.
 
-        Stages that keep every token are left out, so keep rate 1 is the dense model.
+        Stages of a fixed count that keep every token are left out, so keep rate 1 is the dense model.
 
         Raises:
-            InputError: `keep-rate`, `stages` or `model-config` when the request does not fit the model.
+            InputError: `keep-rate`, `stages`, `method-option` or `model-config` when the request does not fit.
         """
         check_keep_rate(request.keep_rate)
         if self.needs_class_token and not config.class_token:
@@ -234,18 +333,33 @@ class Method:
                 f"method '{self.name}' ranks tokens by the CLS token's attention; '{config.name}' has no CLS token",
                 code="model-config",
                 expected="a model with a class token",
-                hint="use dynamicvit or random, or a model with a class token",
+                hint="use dynamicvit, tome or random, or a model with a class token",
             )
-        blocks = default_blocks(config.depth) if request.blocks is None else request.blocks
-        check_blocks(blocks, config.depth)
-        rates = request.rates or self.rule.stage_rates(request.keep_rate, len(blocks))
-        counts = resolve_counts(self.rule, config.num_patches, rates, fuse=bool(options.get("fuse", False)))
+        if self.rule is None and (request.keep_rate != 1 or request.rates):
+            raise InputError(
+                f"method '{self.name}' takes no keep rate",
+                code="keep-rate",
+                expected=f"the options {', '.join(o.name for o in self.options)}",
+                hint="leave out --keep-rate and rates in --stages; see `edgeprune methods`",
+            )
+        if self.schedule is not None:
+            blocks, counts = self.schedule(config, request, options)
+        else:
+            blocks, rates = self.blocks(config, request, options), self.rates(config, request, options)
+            assert self.rule is not None
+            counts = resolve_counts(self.rule, config.num_patches, rates, fuse=bool(options.get("fuse", False)))
         made = self.make_stages(config, blocks, counts, options)
-        stages = [replace(stage, index=i) for i, stage in enumerate(made)]
-        return tuple(s for s in stages if s.counts.kept < s.counts.tokens_in)
+        stages = tuple(replace(stage, index=i) for i, stage in enumerate(made))
+        if any(stage.attention_block == -1 for stage in stages):
+            raise InputError(
+                f"method '{self.name}' cannot prune in front of block 0: it ranks by the attention of the block before",
+                code="stages",
+                expected=f"block indices from 1 to {config.depth - 1}",
+            )
+        return tuple(s for s in stages if s.selector.adaptive or s.counts.kept < s.counts.tokens_in)
 
 
-def default_blocks(depth: int) -> tuple[int, ...]:
+def quarter_blocks(depth: int) -> tuple[int, ...]:
     """Return the usual three places: 3, 6, 9 of 12 blocks; 4, 8, 12 of 16; 5, 10, 15 of 20."""
     return tuple(sorted({depth * s // 4 for s in (1, 2, 3)} - {0}))
 
@@ -257,7 +371,7 @@ def check_blocks(blocks: Sequence[int], depth: int) -> None:
             f"stages {','.join(map(str, blocks))} do not fit a model of {depth} blocks",
             code="stages",
             expected=f"ascending block indices from 0 to {depth - 1}",
-            hint=f"for example --stages {','.join(map(str, default_blocks(depth)))}",
+            hint=f"for example --stages {','.join(map(str, quarter_blocks(depth)))}",
         )
 
 

@@ -27,7 +27,7 @@ class PredictorScorer(Scorer):
     saturate into ties.
     """
 
-    needs = Needs.TOKENS
+    needs = frozenset({Needs.TOKENS})
 
     def build(self, config: ViTConfig) -> nn.Module:
         """Return the predictor, keys as in the official checkpoints."""

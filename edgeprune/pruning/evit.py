@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class ClassAttentionScorer(Scorer):
     """Mean over heads of the CLS query's attention, from the block that prunes."""
 
-    needs = Needs.CLASS_ATTENTION
+    needs = frozenset({Needs.CLASS_ATTENTION})
 
     def score(self, context: Context, module: nn.Module | None) -> Tensor:
         """Return scores [B, N]."""

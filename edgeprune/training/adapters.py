@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.models.config import ViTConfig
-from edgeprune.pruning.base import Context, Method, Scorer, Stage, StageRequest, TopK, default_blocks
+from edgeprune.pruning.base import Context, Method, Scorer, Stage, StageRequest, TopK, quarter_blocks
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.training import losses
 from edgeprune.training.masking import MaskedOutput, masked_forward
@@ -56,7 +56,7 @@ class Setup:
 
     def target_rates(self) -> tuple[float, ...]:
         """Return the keep rate of every stage, in the sense of the method's rule."""
-        blocks = default_blocks(self.config.depth) if self.request.blocks is None else self.request.blocks
+        blocks = quarter_blocks(self.config.depth) if self.request.blocks is None else self.request.blocks
         return self.request.rates or self.method.rule.stage_rates(self.request.keep_rate, len(blocks))
 
 

@@ -7,7 +7,7 @@ import pytest
 from edgeprune.errors import InputError
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import METHODS, get_method
-from edgeprune.pruning.base import Reducer, Where, default_blocks, parse_stages
+from edgeprune.pruning.base import Reducer, Where, quarter_blocks, parse_stages
 from tests.helpers.lowering import small, stages_of
 
 DEIT = get_model_config("deit_small_patch16_224")
@@ -78,7 +78,7 @@ def test_stage_that_keeps_all_is_left_out_and_keeps_its_number() -> None:
     ("depth", "blocks"), [(12, (3, 6, 9)), (16, (4, 8, 12)), (20, (5, 10, 15)), (4, (1, 2, 3)), (2, (1,)), (1, ())]
 )
 def test_default_places_divide_the_depth(depth: int, blocks: tuple[int, ...]) -> None:
-    assert default_blocks(depth) == blocks
+    assert quarter_blocks(depth) == blocks
 
 
 @pytest.mark.parametrize("text", ["12", "-1", "6,3", "3,3", "3,6,99"])
