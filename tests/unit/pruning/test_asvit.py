@@ -49,7 +49,7 @@ def model_of(
 def set_thresholds(model: PrunedViT, thresholds: Sequence[float]) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for stage, threshold in zip(model.stages, thresholds):
+        for stage, threshold in zip(model.stages, thresholds, strict=True):
             parameters[f"prune.{stage.index}.keep_threshold"].fill_(threshold)
 
 

@@ -44,10 +44,8 @@ def sampler(variant: str, tokens: int, keep_rate: float) -> Stage:
 
 def points_of(model: PrunedViT, variant: str, keep_rate: float) -> dict[int, int]:
     N = model.config.num_patches
-    powers = range(1, len(model.stages) + 1)
-    return {
-        s.block: int(N * (keep_rate if variant == "official" else keep_rate**p)) for s, p in zip(model.stages, powers)
-    }
+    rates = [keep_rate if variant == "official" else keep_rate**power for power in (1, 2, 3)]
+    return {stage.block: int(N * rate) for stage, rate in zip(model.stages, rates, strict=True)}
 
 
 # ------------------------------------------------------------------------------------------------ schedule

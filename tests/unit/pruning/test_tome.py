@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -142,7 +143,7 @@ def test_counts_are_fixed_and_never_overflow() -> None:
 def test_kept_patches_are_nested() -> None:
     model = model_of()
     for image in kept_sets(run(model, images_of(model, 3))):
-        assert all(later < earlier for earlier, later in zip(image, image[1:], strict=False))
+        assert all(later < earlier for earlier, later in itertools.pairwise(image))
 
 
 def test_weights_are_those_of_the_dense_model() -> None:
