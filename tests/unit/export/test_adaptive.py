@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[str, float, str | None, dict[str, str]]] = {
 ADAPTIVE = [name for name, (method, *_) in METHODS.items() if method in ("ats", "asvit", "sait") and "topk" not in name]
 FIXED = [name for name in METHODS if name not in ADAPTIVE]
 PREFIXES: dict[int, dict[str, Any]] = {1: {}, 2: {"distilled": True}, 5: {"reg_tokens": 4}}
-# every pair of batch and passes, of batch and prefix, of passes and prefix
+# every batch and every prefix with the plan passes and without
 CASES = [
     ((1, 1), True, 1),
     ((1, 1), False, 2),

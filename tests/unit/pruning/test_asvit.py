@@ -196,13 +196,13 @@ def test_missing_image_harms_no_other() -> None:
 
 
 def test_too_few_slots_hold_the_best_and_raise_the_flag() -> None:
-    model = model_of(thresholds=[0.03], keep_rate=0.375, text="1")
+    model = model_of(thresholds=[0.045], keep_rate=0.4375, text="1")
     out = run(model, images_of(model, 8))
     assert_overflow_is_counted(model, out)
     assert out.overflow.unique().tolist() == [False, True]
     for b in range(8):
         scores = out.scores[0][b].tolist()
-        kept = min(6, sum(s > 0.03 for s in scores))
+        kept = min(7, sum(s > 0.045 for s in scores))
         assert kept_sets(out)[b][0] == set(sorted(range(16), key=lambda i: -scores[i])[:kept])
 
 

@@ -232,7 +232,7 @@ def test_image_alone_is_the_image_in_a_batch(
 
 
 def test_values_are_measured_over_all_heads_as_released() -> None:
-    """Two heads look at two tokens; the lengths of their values are swapped, so only the order of sums differs."""
+    """Released: length over all heads times summed attention; paper: head by head. The same weights, other scores."""
     official, paper = model_of("official", 1.0, "1"), model_of("paper", 1.0, "1")
     paper.load_state_dict(official.state_dict())
     images = images_of(official, 2)
