@@ -15,7 +15,7 @@ from edgeprune.export.plan import Block, Select
 from edgeprune.pruning.base import Constant, Reducer, Scorer, Stage, TopK
 from edgeprune.pruning.dynamicvit import PREDICTOR_NORM_EPS, PredictorScorer
 from edgeprune.pruning.evit import ClassAttentionScorer
-from edgeprune.pruning.model import FUSED_TOKEN_ID
+from edgeprune.pruning.model import NO_PATCH_ID
 
 if TYPE_CHECKING:
     from edgeprune.export.emit.emitter import Emission
@@ -259,7 +259,7 @@ def record(e: Emission, chosen: Chosen) -> None:
         ids = g.node("GatherND", [e.ids, at], shape=shape, name="patch_ids", dtype=np.int64, batch_dims=1)
     e.kept.append(ids)
     if chosen.stage.reducer is Reducer.FUSE:
-        fused = g.constant("const.fused_id", np.array([[FUSED_TOKEN_ID]], np.int64))
+        fused = g.constant("const.fused_id", np.array([[NO_PATCH_ID]], np.int64))
         ids = g.concat([ids, g.expand_batch(fused, chosen.kept, name="fused_id")], 1, name="patch_ids_fused")
     e.ids = ids
 
