@@ -95,7 +95,7 @@ class CdfSampling(Slots):
             sums = share.cumsum(1).masked_fill(~here, 10.0)
             points = ((2 * ramp + 1) / (2 * self.k)).expand(B, -1)
             return torch.arange(N, device=scores.device).expand(B, -1), sums, points, total[:, 0] > 0
-        order = share.masked_fill(~here, -1.0).sort(1, stable=True).indices
+        order = share.masked_fill(~here, -1.0).sort(dim=1, stable=True).indices
         share, here = share.gather(1, order), here.gather(1, order)
         sums = share.cumsum(1)
         lowest = sums.masked_fill(~here, 10.0).amin(1, keepdim=True)

@@ -220,7 +220,7 @@ class PrunedViT(VisionTransformer):
             ids = torch.cat([ids, ids.new_full((len(ids), 1), NO_PATCH_ID)], 1)
         elif stage.reducer is Reducer.STASH:
             stay = torch.zeros_like(s.ids, dtype=torch.bool).scatter(1, chosen.positions, True)
-            rest = stay.to(torch.int8).argsort(1, stable=True)[:, : s.ids.shape[1] - ids.shape[1]]
+            rest = stay.to(torch.int8).argsort(dim=1, stable=True)[:, : s.ids.shape[1] - ids.shape[1]]
             s.stash.append((take(patches, rest), s.ids.gather(1, rest)))
         s.x, s.ids, s.valid = torch.cat(parts, 1), ids, valid
         return chosen.positions

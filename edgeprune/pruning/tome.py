@@ -185,7 +185,7 @@ METHOD = Method(
     schedule=schedule,
     default_blocks=lambda config, options: tuple(range(config.depth)),
     options=(
-        MethodOption("r", int, 8, "pairs merged in a block", least=1),
+        MethodOption("r", int, 8, "pairs merged in a block", least=0),
         MethodOption("schedule", str, CONSTANT, "r in every block, or from 2r down to 0", (CONSTANT, DECREASING)),
         MethodOption("prop_attn", bool, True, "attention counts a token as often as patches it stands for"),
     ),

@@ -46,6 +46,7 @@ class Image:
         self.ids = [None] * self.prefix + list(range(len(self.x) - self.prefix))
         self.alive = [True] * len(self.x)
         self.kept: list[list[int]] = []
+        self.weights: list[int] = []  # of the rows in an average; none means all alike
         self.counts: list[int] = []
         # of the block that attended last: attention [H, T, T], per-head outputs, keys and values [H, T, d]
         self.attention = self.outputs = self.keys = self.values = torch.empty(0)
@@ -127,7 +128,8 @@ class Image:
         c = self.config
         x = self.x if c.fc_norm else self.norm(self.x, "norm", c.norm_eps)
         rows = [*range(self.prefix), *self.patches] if c.pool_include_prefix else self.patches
-        pooled = x[rows].mean(0) if c.global_pool == "avg" else x[0]
+        share = torch.tensor([self.weights[i] if self.weights else 1.0 for i in rows], dtype=torch.float64)
+        pooled = (share / share.sum()) @ x[rows] if c.global_pool == "avg" else x[0]
         if c.fc_norm:
             pooled = self.norm(pooled, "fc_norm", c.norm_eps)
         logits = self.linear(pooled, "head")
@@ -420,6 +422,7 @@ def tome(
             pairs = tome_pairs(state.keys.mean(0), state.prefix, merged[block])
             sizes = _merge(state, pairs, sizes)
         state.add_mlp(block)
+    state.weights = sizes
     return state.outcome()
 
 

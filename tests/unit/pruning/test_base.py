@@ -48,9 +48,17 @@ def test_random_has_the_counts_of_dynamicvit() -> None:
     assert places("random") == places("dynamicvit")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dense", "dynamicvit", "evit", "random"])
 def test_keep_rate_one_is_the_dense_model(method: str) -> None:
     assert stages_of(DEIT, method, 1.0) == ()
+
+
+@pytest.mark.parametrize("method", ["cropr", "tome"])
+def test_keep_rate_is_refused_where_options_say_how_many_go(method: str) -> None:
+    for rate, text in ((0.7, None), (1.0, "3:0.5")):
+        with pytest.raises(InputError) as caught:
+            stages_of(DEIT, method, rate, text)
+        assert caught.value.code == "keep-rate"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from edgeprune.pruning.base import Constant
-from edgeprune.pruning.model import PrunedOutput, PrunedViT
+from edgeprune.pruning.base import Context
+from edgeprune.pruning.model import PrunedOutput, PrunedViT, Stream
 from tests.helpers import reference_pruning, reference_vit
 from tests.helpers.lowering import noise, random_model, small, stages_of
 from tests.helpers.reference_pruning import Outcome
@@ -118,7 +119,9 @@ def test_evit_fused_token_is_the_sum_by_raw_attention() -> None:
     attention = torch.rand(2, 2, 16, generator=torch.Generator().manual_seed(1)) / 16
     ids = torch.arange(16).expand(2, -1)
     out = PrunedOutput(logits=x)
-    shorter, _ = model.reduce(0, x, attention, ids, out)
+    stream = Stream(x, ids)
+    model.reduce(stage, stream, Context(x, class_attention=attention), out)
+    shorter = stream.x
     for b in range(2):
         a = attention[b].mean(0)
         dropped = sorted(set(range(16)) - set(out.kept[0][b].tolist()))
@@ -202,8 +205,9 @@ def test_prefix_is_never_dropped(method: str, options: dict[str, str], fields: d
     for x in (tokens, other):
         out = PrunedOutput(logits=x)
         with torch.no_grad():
-            shorter, _ = model.reduce(0, x, attention, torch.arange(16)[None], out)
-        assert torch.equal(shorter[:, :P], x[:, :P])
+            stream = Stream(x, torch.arange(16)[None])
+            model.reduce(stage, stream, Context(x, class_attention=attention), out)
+        assert torch.equal(stream.x[:, :P], x[:, :P])
         outs.append(out.kept[0])
     assert torch.equal(*outs)
 
