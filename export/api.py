@@ -64,7 +64,14 @@ def load_reference(resolved: Resolved) -> tuple[PrunedViT, dict[str, Any], list[
     # predictors of stages that are switched off are left in the file, as are those of any method when exporting dense
     methods = METHODS.values() if not resolved.stages else (resolved.method,)
     ignore = [prefix for method in methods for pair in method.key_prefixes.items() for prefix in pair]
-    report = load_into(model, checkpoint, key_prefixes=resolved.method.key_prefixes, ignore_prefixes=ignore)
+    patterns = [method.training_keys for method in methods if method.training_keys]
+    report = load_into(
+        model,
+        checkpoint,
+        key_prefixes=resolved.method.key_prefixes,
+        ignore_prefixes=ignore,
+        ignore_pattern="|".join(patterns) or None,
+    )
     warnings = [f"{checkpoint.file}: {what}" for what in report.resized]
     weights = {
         "source": "checkpoint",
@@ -110,7 +117,8 @@ def random_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
             continue
         counts = replace(stage.counts, kept=stage.counts.tokens_out, fused=0)
         selector = constant_selector(counts, seed)
-        made.append(replace(stage, scorer=NoScorer(), selector=selector, reducer=Reducer.DROP, counts=counts))
+        reducer = Reducer.STASH if stage.reducer is Reducer.STASH else Reducer.DROP
+        made.append(replace(stage, scorer=NoScorer(), selector=selector, reducer=reducer, counts=counts))
     return tuple(made)
 
 
@@ -154,6 +162,8 @@ def stage_infos(stages: tuple[Stage, ...]) -> list[dict[str, Any]]:
             "tokens_in": stage.counts.tokens_in,
             "kept": stage.counts.kept,
             "fused": stage.counts.fused,
+            "reducer": stage.reducer.value,
+            "adaptive": stage.selector.adaptive,
         }
         for stage in stages
     ]
@@ -237,6 +247,7 @@ def write_bundle(
             "keep_rate": request.keep_rate,
             "options": resolved.options,
             "stages": stage_infos(resolved.stages),
+            "notes": list(resolved.method.notes),
         },
         "target": resolved.target.name,
         "precision": resolved.target.precision,

@@ -32,9 +32,20 @@ class Embed:
 
 @dataclass(frozen=True)
 class Select:
-    """A stage in front of a block: scores, selection, shorter sequence."""
+    """A stage in front of a block: scores, selection, shorter sequence.
+
+    A stage that ranks by attention takes the scores the block before has computed.
+    """
 
     stage: Stage
+    tokens_in: int
+    tokens_out: int
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Stashed tokens come back behind the kept ones."""
+
     tokens_in: int
     tokens_out: int
 
@@ -44,6 +55,8 @@ class Block:
     """A transformer block, with a stage between attention and MLP or without.
 
     Attributes:
+        stage: the stage applied inside the block; dead-row elimination also moves one from behind the block here.
+        scores_for: the stage behind the block whose scores this block's attention gives.
         tokens_in: rows that reach the block; keys and values are computed for all of them.
         tokens_out: rows that leave it.
         query_rows: rows whose query and attention output are computed.
@@ -56,6 +69,7 @@ class Block:
     tokens_in: int
     tokens_out: int
     stage: Stage | None = None
+    scores_for: Stage | None = None
     query_rows: Rows = Rows.ALL
     projected_rows: Rows = Rows.ALL
     folded: bool = False
@@ -68,7 +82,7 @@ class Head:
     tokens_in: int
 
 
-Step = Embed | Select | Block | Head
+Step = Embed | Select | Restore | Block | Head
 
 
 @dataclass(frozen=True)
@@ -123,14 +137,20 @@ def build_plan(
     P = config.num_prefix_tokens
     at = {(stage.block, stage.where): stage for stage in stages}
     tokens = P + config.num_patches
+    stashed = sum(s.counts.tokens_in - s.counts.kept for s in stages if s.reducer is Reducer.STASH)
     steps: list[Step] = [Embed(tokens)]
     for index in range(config.depth):
+        if stashed and index == config.depth - 1:
+            steps.append(Restore(tokens, tokens + stashed))
+            tokens += stashed
         before, inside = at.get((index, Where.PRE_BLOCK)), at.get((index, Where.MID_BLOCK))
         if before is not None:
             steps.append(Select(before, tokens, P + before.counts.tokens_out))
             tokens = P + before.counts.tokens_out
         after = tokens if inside is None else P + inside.counts.tokens_out
-        steps.append(Block(index, tokens, after, inside))
+        behind = at.get((index + 1, Where.PRE_BLOCK))
+        scores_for = behind if behind is not None and behind.attention_block == index else None
+        steps.append(Block(index, tokens, after, inside, scores_for))
         tokens = after
     steps.append(Head(tokens))
     return Plan(config, tuple(steps), batch, token_outputs)
@@ -149,6 +169,8 @@ def _step_macs(config: ViTConfig, step: Step) -> int:
         return embed_macs(config)
     if isinstance(step, Select):
         return step.stage.scorer.macs(config, step.stage.counts.tokens_in)
+    if isinstance(step, Restore):
+        return 0
     if isinstance(step, Head):
         return head_macs(config, step.tokens_in - config.num_prefix_tokens)
     queries = rows_count(config, step, step.query_rows)
@@ -159,7 +181,7 @@ def _step_macs(config: ViTConfig, step: Step) -> int:
     else:
         attention = 2 * step.tokens_in * D * D + queries * D * D + 2 * queries * step.tokens_in * D
     scoring = 0
-    if step.query_rows is Rows.KEPT and step.stage is not None and step.stage.scorer.needs is Needs.CLASS_ATTENTION:
+    if step.query_rows is Rows.KEPT and step.stage is not None and Needs.CLASS_ATTENTION in step.stage.scorer.needs:
         scoring = D * D + step.tokens_in * D  # the CLS query and its products, ahead of the selection
     return attention + scoring + projected * D * D + 2 * mlp * D * config.mlp_dim
 
@@ -169,6 +191,8 @@ def _describe(step: Step) -> str:
         return f"embed    -> {step.tokens} tokens"
     if isinstance(step, Head):
         return f"head     <- {step.tokens_in} tokens"
+    if isinstance(step, Restore):
+        return f"restore  {step.tokens_in} -> {step.tokens_out} in front of the last block"
     if isinstance(step, Select):
         return f"select   {step.tokens_in} -> {step.tokens_out} in front of block {step.stage.block}"
     text = f"block {step.index:<2} {step.tokens_in}"

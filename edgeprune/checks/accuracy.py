@@ -18,11 +18,18 @@ Report = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares in [0, 1] over `images`; `top5` is None when there are no more than five classes."""
+    """Shares in [0, 1] over `images`; `top5` is None when there are no more than five classes.
+
+    Attributes:
+        kept: mean tokens kept per stage, None when the graph does not tell.
+        overflow: images that wanted more tokens than the graph has slots.
+    """
 
     top1: float
     top5: float | None
     images: int
+    kept: list[float] | None = None
+    overflow: int = 0
 
 
 def evaluate(session: Session, dataset: Dataset, *, report: Report | None = None) -> Accuracy:
@@ -37,11 +44,16 @@ def evaluate(session: Session, dataset: Dataset, *, report: Report | None = None
         InputError: `data-classes` when the classes of data and model cannot be matched.
     """
     low, high = session.manifest.batch
-    seen = top1 = top5 = classes = 0
+    seen = top1 = top5 = classes = overflow = 0
+    kept: NDArray[np.int64] | None = None
     mapping: NDArray[np.int64] | None = None
     for images, labels in dataset.batches(high, session.manifest.preprocessing):
         padded = np.concatenate([images, np.repeat(images[-1:], max(low - len(images), 0), 0)])
-        logits = session.run(padded).logits[: len(images)]
+        result = session.run(padded)
+        logits = result.logits[: len(images)]
+        if result.kept_counts is not None:
+            kept = result.kept_counts[: len(images)].sum(0, dtype=np.int64) + (0 if kept is None else kept)
+        overflow += 0 if result.overflow is None else int(result.overflow[: len(images)].sum())
         if mapping is None:
             classes = logits.shape[1]
             mapping = match_classes(dataset.labels, session.labels, classes)
@@ -49,7 +61,8 @@ def evaluate(session: Session, dataset: Dataset, *, report: Report | None = None
         top1, top5, seen = top1 + int((ranks < 1).sum()), top5 + int((ranks < 5).sum()), seen + len(images)
         if report is not None:
             report("evaluating", seen / len(dataset))
-    return Accuracy(top1 / seen, top5 / seen if classes > 5 else None, seen)
+    means = None if kept is None else [round(float(total) / seen, 2) for total in kept]
+    return Accuracy(top1 / seen, top5 / seen if classes > 5 else None, seen, means, overflow)
 
 
 def rank_of(logits: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -> NDArray[np.int64]:

@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import InputError
-from edgeprune.pruning.base import Stage, TopK
 from edgeprune.runtime.manifest import ParityInfo
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgeprune.pruning.model import PrunedOutput
+    from edgeprune.pruning.model import PrunedOutput, PrunedViT
 
 Images = NDArray[np.float32]
 DRAWS = 4  # how often inputs are replaced whose selection is a tie
@@ -188,17 +187,14 @@ def _refer(model: nn.Module, images: Images, tie: float) -> _Reference:
             return _Reference(model(x).float().numpy(), [], np.zeros(len(images), bool))
         output = model.run(x)
     kept = [stage.numpy() for stage in output.kept]
-    return _Reference(output.logits.numpy(), kept, _find_ties(model.stages, output, tie))
+    return _Reference(output.logits.numpy(), kept, _find_ties(model, output, tie))
 
 
-def _find_ties(stages: tuple[Stage, ...], output: PrunedOutput, tie: float) -> NDArray[np.bool_]:
-    """Return for each image whether the best dropped token comes within `tie` of the worst kept one."""
+def _find_ties(model: PrunedViT, output: PrunedOutput, tie: float) -> NDArray[np.bool_]:
+    """Return for each image whether a stage's choice comes within `tie` of another one."""
     tied = np.zeros(len(output.logits), bool)
-    for stage, scores in zip(stages, output.scores, strict=True):
-        if isinstance(stage.selector, TopK):
-            ranked = -np.sort(-scores.numpy(), axis=1)
-            gap = ranked[:, stage.selector.k - 1] - ranked[:, stage.selector.k]
-            tied |= gap <= tie * np.abs(ranked).max(1)
+    for stage, scores, valid in zip(model.stages, output.scores, output.valid, strict=True):
+        tied |= (stage.selector.margin(scores, valid, model.scorer_module(stage)) <= tie).numpy()
     return tied
 
 

@@ -114,18 +114,20 @@ def _request(
         )
     if fields["ema"] and checkpoint is None:
         raise InputError("--ema without --checkpoint", code="weights", expected="--ema with --checkpoint only")
-    if keep_rate is None and get_method(method).name != "dense" and ":" not in (stages or ""):
+    settings: dict[str, Any] = {
+        "method_options": parse.key_values(method_option, "--method-option"),
+        "model_options": parse.model_options(model_option),
+        "labels": None if labels is None else parse.read_labels(labels),
+    }
+    found = get_method(method)
+    needs_rate = found.rule is not None and not found.adaptive(found.parse_options(settings["method_options"]))
+    if keep_rate is None and needs_rate and method != "dense" and ":" not in (stages or ""):
         raise InputError(
             f"no keep rate for method '{method}'",
             code="keep-rate",
             expected="--keep-rate, the share of tokens that stays, or a rate for every stage",
             hint="add --keep-rate 0.7, or --stages 3:0.7,6:0.5,9:0.35",
         )
-    settings: dict[str, Any] = {
-        "method_options": parse.key_values(method_option, "--method-option"),
-        "model_options": parse.model_options(model_option),
-        "labels": None if labels is None else parse.read_labels(labels),
-    }
     from edgeprune.export import ExportRequest
 
     return ExportRequest(

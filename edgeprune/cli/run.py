@@ -36,7 +36,13 @@ def command(ui: Ui, bundle: Path, images: tuple[Path, ...], graph: str, overlay:
             "image": str(prediction.path),
             "top": [{"class": c, "label": label, "probability": p} for c, label, p in prediction.top],
             "kept": [stage.tolist() for stage in prediction.kept],
+            "overflow": prediction.overflow,
         }
+        if prediction.overflow:
+            ui.warn(
+                f"{prediction.path} keeps more tokens than the bundle has slots; its result is not the method's: export "
+                "with a higher --keep-rate"
+            )
         for rank, (index, label, probability) in enumerate(prediction.top, start=1):
             name = str(index) if label is None else label
             shown.add_row(str(prediction.path) if rank == 1 else "", str(rank), name, f"{100 * probability:.2f}")

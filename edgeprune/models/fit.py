@@ -62,6 +62,7 @@ def load_into(
     key_prefixes: Mapping[str, str] | None = None,
     ignore_prefixes: Sequence[str] = (),
     fresh_prefixes: Sequence[str] = (),
+    ignore_pattern: str | None = None,
 ) -> LoadReport:
     """Put a checkpoint's weights into a model; the model takes the tensors over, nothing is copied.
 
@@ -73,6 +74,7 @@ def load_into(
         checkpoint: from `load_checkpoint`.
         key_prefixes: official prefix -> ours, `Method.key_prefixes`.
         ignore_prefixes: keys, by either name, that may be left over.
+        ignore_pattern: regular expression found in keys, by either name, that may be left over.
         fresh_prefixes: keys of ours that may be missing and keep their initial values.
 
     Raises:
@@ -85,7 +87,14 @@ def load_into(
     wanted = {k: v.shape for k, v in state.items()}
     ignored = tuple(ignore_prefixes)
     extra = [k for k in origin if k not in wanted]
-    unused = [origin[k] for k in extra if k.startswith(ignored) or origin[k].startswith(ignored)]
+    unused = [
+        origin[k]
+        for k in extra
+        if any(
+            name.startswith(ignored) or (ignore_pattern is not None and re.search(ignore_pattern, name))
+            for name in (k, origin[k])
+        )
+    ]
     left = [origin[k] for k in extra if origin[k] not in unused]
     missing = [k for k in wanted if k not in origin]
     fresh = [k for k in missing if k.startswith(tuple(fresh_prefixes))]

@@ -82,6 +82,7 @@ METHOD = Method(
     rule=DYNAMICVIT_RULE,
     make_stages=make_stages,
     default_blocks=default_blocks,
+    adaptive=lambda options: True,
     needs_class_token=True,
     options=(
         MethodOption(

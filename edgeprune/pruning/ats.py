@@ -161,10 +161,12 @@ METHOD = Method(
     make_stages=make_stages,
     schedule=schedule,
     default_blocks=default_blocks,
+    adaptive=lambda options: True,
     needs_class_token=True,
     options=(
         MethodOption("variant", str, OFFICIAL, "official: the released code; paper: the text", (OFFICIAL, PAPER)),
     ),
+    training_keys=r"\.attn\.out_zero_mask$",
     notes=(
         "official follows the released code (Apache-2.0) for one image with dropped tokens removed; that code also masks "
         "its softmax with an epsilon of 1e-6 in every block, which is left out to keep the attention fusable",

@@ -263,9 +263,11 @@ class Method:
         make_stages: builds the stages from (config, blocks, counts, options).
         schedule: blocks and counts from (config, request, options) where the rule does not say it all.
         default_blocks: places of the stages for (config, options).
+        adaptive: whether, for some options, the image decides how many tokens stay; a keep rate is then optional and
+            limits the slots.
         needs_class_token: the method reads the CLS token.
         key_prefixes: official state_dict prefix -> ours, both ways.
-        training_keys: regular expression of keys, by either name, that only training reads.
+        training_keys: regular expression found in keys, by either name, that only training reads.
         notes: what a user should know of it: where it follows the paper, the official code or our reading, licences.
     """
 
@@ -278,6 +280,7 @@ class Method:
     default_blocks: Callable[[ViTConfig, Mapping[str, Any]], tuple[int, ...]] = lambda config, options: quarter_blocks(
         config.depth
     )
+    adaptive: Callable[[Mapping[str, Any]], bool] = lambda options: False
     needs_class_token: bool = False
     options: tuple[MethodOption, ...] = ()
     key_prefixes: Mapping[str, str] = field(default_factory=dict)

@@ -78,6 +78,7 @@ METHOD = Method(
     rule=DYNAMICVIT_RULE,
     make_stages=make_stages,
     default_blocks=lambda config, options: (max(1, config.depth // 4),),
+    adaptive=lambda options: options["select"] != TOP_K,
     needs_class_token=True,
     options=(
         MethodOption("select", str, MASS, "mass, value: the image decides how many stay; topk: floor(N0 * keep rate)",

@@ -40,7 +40,10 @@ class WeightsInfo(_Model):
 
 
 class StageInfo(_Model):
-    """One stage: counts exclude the prefix. `index` is its place in the method's list, stages that keep all counted."""
+    """One stage: counts exclude the prefix. `index` is its place in the method's list, stages that keep all counted.
+
+    Of an adaptive stage `kept` is the number of slots: an image keeps as many tokens as it needs, up to that.
+    """
 
     index: int
     block: int
@@ -48,15 +51,18 @@ class StageInfo(_Model):
     tokens_in: int
     kept: int
     fused: int
+    reducer: str = "drop"
+    adaptive: bool = False
 
 
 class MethodInfo(_Model):
-    """The pruning method with the settings that produced the counts."""
+    """The pruning method with the settings that produced the counts, and what a user should know of it."""
 
     name: str
     keep_rate: float
     options: dict[str, Any] = {}
     stages: list[StageInfo] = []
+    notes: list[str] = []
 
 
 class Macs(_Model):

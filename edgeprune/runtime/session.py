@@ -36,14 +36,18 @@ class Result:
 
     Attributes:
         logits: [B, classes] float32.
-        kept: per stage [B, K] int32, original patch numbers of the kept tokens, -1 for a fused token; empty
-            when the bundle was exported without token outputs.
-        kept_counts: [B, S] int32 tokens kept per stage, or None likewise.
+        kept: per stage [B, K] int32, original patch numbers of the kept tokens, -1 for a fused token and for a slot
+            the image does not need; empty when the bundle was exported without token outputs.
+        kept_counts: [B, S] int32 tokens kept per stage, or None likewise; always there in a bundle of an adaptive
+            method, where it may exceed the slots.
+        overflow: [B] bool, images that wanted more tokens than a stage has slots: their logits are not the method's;
+            None when the method is not adaptive.
     """
 
     logits: np.ndarray
     kept: list[np.ndarray] = field(default_factory=list)
     kept_counts: np.ndarray | None = None
+    overflow: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,13 @@ class Prediction:
         path: the file.
         top: (class index, label or None, probability), most probable first.
         kept: per stage [K] int32 as in `Result.kept`.
+        overflow: the image wanted more tokens than a stage has slots.
     """
 
     path: Path
     top: list[tuple[int, str | None, float]]
     kept: list[np.ndarray] = field(default_factory=list)
+    overflow: bool = False
 
 
 class Session:
@@ -116,7 +122,8 @@ class Session:
         """
         outputs = self._backend.run(self._checked(images))
         kept = [value for name, value in outputs.items() if name.startswith(_KEPT)]  # in the order of the stages
-        return Result(outputs["logits"], kept, outputs.get("kept_counts"))
+        overflow = outputs.get("overflow")
+        return Result(outputs["logits"], kept, outputs.get("kept_counts"), None if overflow is None else overflow > 0)
 
     def warmup(self) -> None:
         """Run once on zeros, at the smallest batch, so that the first real run is not the slow one."""
@@ -145,7 +152,9 @@ class Session:
             images += [images[-1]] * (low - len(images))
             result = self.run(np.stack(images))
             for i, file in enumerate(group):
-                found.append(Prediction(file, self._top(result.logits[i], top), [stage[i] for stage in result.kept]))
+                kept = [stage[i] for stage in result.kept]
+                over = result.overflow is not None and bool(result.overflow[i])
+                found.append(Prediction(file, self._top(result.logits[i], top), kept, over))
         return found
 
     def _top(self, logits: np.ndarray, top: int) -> list[tuple[int, str | None, float]]:

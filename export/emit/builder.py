@@ -117,14 +117,22 @@ class GraphBuilder:
         """Transpose."""
         return self.node("Transpose", [x], shape=[x.shape[p] for p in perm], name=name, perm=list(perm))
 
-    def slice(self, x: gs.Tensor, axis: int, start: int, stop: int, *, name: str = "slice") -> gs.Variable:
-        """Return x[start:stop] along a static axis; x itself when that is all of it."""
-        if start == 0 and stop == x.shape[axis]:
+    def slice(
+        self, x: gs.Tensor, axis: int, start: int, stop: int, *, step: int = 1, name: str = "slice"
+    ) -> gs.Variable:
+        """Return x[start:stop:step] along a static axis; x itself when that is all of it."""
+        if start == 0 and stop == x.shape[axis] and step == 1:
             return x
         shape = list(x.shape)
-        shape[axis] = stop - start
-        inputs = [x, self.ints(start), self.ints(stop), self.ints(axis)]
+        shape[axis] = len(range(start, stop, step))
+        inputs = [x, self.ints(start), self.ints(stop), self.ints(axis), *([] if step == 1 else [self.ints(step)])]
         return self.node("Slice", inputs, shape=shape, name=name, dtype=x.dtype)
+
+    def gather_rows(self, x: gs.Tensor, rows: gs.Tensor, *, name: str) -> gs.Variable:
+        """Return x [B, N, ...] at rows [B, K] int64, image by image: [B, K, ...]."""
+        at = self.reshape(rows, [*rows.shape, 1], name=f"{name}.at")
+        shape = [*rows.shape, *x.shape[2:]]
+        return self.node("GatherND", [x, at], shape=shape, name=name, dtype=x.dtype, batch_dims=1)
 
     def concat(self, parts: Sequence[gs.Tensor], axis: int, *, name: str = "concat") -> gs.Tensor:
         """Concatenate along a static axis."""
@@ -135,13 +143,13 @@ class GraphBuilder:
         return self.node("Concat", parts, shape=shape, name=name, dtype=parts[0].dtype, axis=axis)
 
     def reduce(self, op: str, x: gs.Tensor, axis: int, *, keepdims: bool, name: str) -> gs.Variable:
-        """ReduceMean, ReduceMax or ReduceSum over one axis, in the form the opset wants."""
+        """A Reduce operator over one axis, in the form the opset wants."""
         shape = [d for i, d in enumerate(x.shape) if i != axis]
         if keepdims:
             shape.insert(axis, 1)
         if op == "ReduceSum" or self.opset >= 18:
-            return self.node(op, [x, self.ints(axis)], shape=shape, name=name, keepdims=int(keepdims))
-        return self.node(op, [x], shape=shape, name=name, axes=[axis], keepdims=int(keepdims))
+            return self.node(op, [x, self.ints(axis)], shape=shape, name=name, dtype=x.dtype, keepdims=int(keepdims))
+        return self.node(op, [x], shape=shape, name=name, dtype=x.dtype, axes=[axis], keepdims=int(keepdims))
 
     def expand_batch(self, x: gs.Tensor, like: gs.Tensor, *, name: str) -> gs.Tensor:
         """Return x [1, ...] repeated over the batch of `like` [B, ...]."""

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from edgeprune.export.emit import parts, selection
 from edgeprune.export.emit.builder import GraphBuilder
 from edgeprune.export.emit.dialects.plain import PlainDialect
-from edgeprune.export.plan import Block, Embed, Head, Plan, Select
+from edgeprune.export.plan import Block, Embed, Head, Plan, Restore, Select
 
 
 @dataclass
@@ -23,6 +23,12 @@ class Emission:
         tokens: rows per image, prefix included.
         ids: [B, N] int64 original patch number of each patch token, None until the first stage.
         kept: per stage the original patch numbers [B, K] int64, when the plan asks for token outputs.
+        counts: per stage the tokens an image keeps [B] int32, None where it is the same for all images.
+        valid: [B, N] bool, slots that hold a token; None when all do.
+        size: [B, N] patches each token stands for; None until tokens are merged.
+        key_bias: [B, 1, 1, T] added to the logits of every key, from `valid` and `size`; None for nothing.
+        scores: by stage, what a block computed for the stage behind it.
+        stash: dropped tokens [B, R, D] that come back.
     """
 
     plan: Plan
@@ -32,6 +38,12 @@ class Emission:
     tokens: int = 0
     ids: gs.Tensor | None = None
     kept: list[gs.Tensor] = field(default_factory=list)
+    counts: list[gs.Tensor | None] = field(default_factory=list)
+    valid: gs.Tensor | None = None
+    size: gs.Tensor | None = None
+    key_bias: gs.Tensor | None = None
+    scores: dict[int, gs.Tensor] = field(default_factory=dict)
+    stash: list[gs.Tensor] = field(default_factory=list)
 
     def linear(self, name: str, x: gs.Tensor, key: str, part: tuple[str, slice] | None = None) -> gs.Tensor:
         """Return the linear layer `key`, or a slice of its outputs named by `part`."""
@@ -54,6 +66,7 @@ class Emission:
 EMIT: dict[type, Callable[..., None]] = {
     Embed: parts.emit_embed,
     Select: selection.emit_select,
+    Restore: selection.emit_restore,
     Block: parts.emit_block,
     Head: parts.emit_head,
 }
@@ -80,5 +93,5 @@ def emit_graph(
     logits = e.rows
     assert isinstance(logits, gs.Variable)
     logits.name = "logits"
-    outputs = [logits, *(selection.token_outputs(e) if plan.token_outputs else [])]
+    outputs = [logits, *selection.token_outputs(e)]
     return g.graph([images], outputs)

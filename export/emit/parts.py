@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from edgeprune.export.emit import selection
-from edgeprune.export.plan import Block, Embed, Head, Rows, fuses, rows_count
+from edgeprune.export.plan import Block, Embed, Head, Rows, rows_count
 from edgeprune.models.config import AUX_WEIGHT, BATCH_NORM_EPS, STEM_CONVOLUTIONS
 
 if TYPE_CHECKING:
@@ -64,20 +64,25 @@ def emit_block(e: Emission, step: Block) -> None:
             x, queries = (first_rows(e, rows, config.num_head_tokens) for rows in (e.rows, normed))
             emit_rest(e, step, x, emit_folded_attention(e, step, queries, normed))
             return
+        bias = e.key_bias
         keys = e.dialect.keys(e.g, project(e, step, normed, "k"), e.tokens, config.num_heads)
         values = project(e, step, normed, "v")
+        seen = selection.Seen(e.rows, normed, keys, values, block=step.index)
         x, queries = e.rows, normed
         if step.query_rows is Rows.HEAD:
             x, queries = (first_rows(e, rows, config.num_head_tokens) for rows in (x, queries))
         elif step.query_rows is Rows.KEPT:
-            x, queries = selection.emit_keep(e, step, [x, queries], normed, keys)
+            x, queries = selection.emit_keep(e, step, [x, queries], seen)
         counts = (rows_count(config, step, step.query_rows), e.tokens)
-        q = project(e, step, queries, "q")
+        seen.queries = project(e, step, queries, "q")
         with e.g.scope("attn"):
-            context = e.dialect.attention(e.g, q, keys, values, counts, config.num_heads)
-        if step.projected_rows is Rows.KEPT and fuses(step.stage):
-            x, context = selection.emit_fuse_before_projection(e, step, x, context, normed, keys)
-        emit_rest(e, step, x, context, normed, keys)
+            context = e.dialect.attention(e.g, seen.queries, keys, values, counts, config.num_heads, bias)
+        seen.context = context
+        if step.scores_for is not None:
+            selection.emit_scores_ahead(e, step.scores_for, seen)
+        if step.stage is not None and step.query_rows is Rows.ALL and step.projected_rows is Rows.KEPT:
+            x, context = selection.emit_keep_before_projection(e, step, x, seen)
+        emit_rest(e, step, x, context, seen)
 
 
 def emit_rest(
@@ -85,14 +90,14 @@ def emit_rest(
     step: Block,
     x: gs.Tensor,
     context: gs.Tensor,
-    normed: gs.Tensor | None = None,
-    keys: gs.Tensor | None = None,
+    seen: selection.Seen | None = None,
 ) -> None:
     """What follows the attention product: projection, residual, a stage on all rows, MLP."""
     block = f"blocks.{step.index}"
     x = add(e, x, branch(e, "attn.proj", context, f"{block}.attn.proj", f"{block}.ls1.gamma"), "attn.residual")
     if step.stage is not None and step.projected_rows is Rows.ALL:
-        x = selection.emit_mid_block(e, step, x, normed, keys)
+        assert seen is not None
+        x = selection.emit_mid_block(e, step, x, seen)
     e.tokens = step.tokens_out
     h = e.layer_norm("norm2", x, f"{block}.norm2", e.plan.config.norm_eps)
     h = e.dialect.gelu(e.g, "mlp.gelu", e.linear("mlp.fc1", h, f"{block}.mlp.fc1"))
@@ -128,7 +133,8 @@ def emit_folded_attention(e: Emission, step: Block, queries: gs.Tensor, normed: 
         folded = g.node("MatMul", [q, g.constant(f"{key}.k.by_head", weight[1])], shape=[H, R, D], name="q_folded")
         folded = g.reshape(g.transpose(folded, [1, 0, 2], name="q_rows"), [g.batch, P * H, D], name="q_tokens")
         logits = dialect.matmul_transposed(g, "logits", folded, tokens, d**-0.5)
-        weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
+        key_bias = None if e.key_bias is None else g.reshape(e.key_bias, [g.batch, 1, e.tokens], name="key_bias")
+        weights = dialect.softmax(g, logits, key_bias)
         mixed = g.node("MatMul", [weights, tokens], shape=[g.batch, P * H, D], name="mixed")
         mixed = by_head(mixed, D, "mixed_by_head")
         value_weight = g.constant(f"{key}.v.by_head", weight[2].transpose(0, 2, 1))
@@ -169,11 +175,24 @@ def emit_head(e: Emission, step: Head) -> None:
 
 
 def average(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
-    """Return the mean [B, D] of the tokens [B, T, D] that are pooled."""
+    """Return the mean [B, D] of the tokens [B, T, D] that are pooled: those an image has, weighted by size."""
     g, config = e.g, e.plan.config
-    start = 0 if config.pool_include_prefix else config.num_prefix_tokens
-    pooled = g.slice(tokens, 1, start, e.tokens, name="patches")
-    return g.reduce("ReduceMean", pooled, 1, keepdims=False, name="pool")
+    P, prefix_too = config.num_prefix_tokens, config.pool_include_prefix
+    pooled = g.slice(tokens, 1, 0 if prefix_too else P, e.tokens, name="patches")
+    if e.valid is None and e.size is None:
+        return g.reduce("ReduceMean", pooled, 1, keepdims=False, name="pool")
+    share = e.size
+    if share is None:
+        share = g.node("Cast", [e.valid], shape=e.valid.shape, name="share", to=1)
+    if prefix_too:
+        ones = g.constant(f"const.ones_{P}", np.ones((1, P), np.float32))
+        share = g.concat([g.expand_batch(ones, share, name="prefix_share"), share], 1, name="shares")
+    total = g.reduce("ReduceSum", share, 1, keepdims=True, name="total")
+    total = g.node("Max", [total, g.scalar(1.0)], shape=total.shape, name="total_or_one")
+    share = g.node("Div", [share, total], shape=share.shape, name="normalised")
+    share = g.reshape(share, [g.batch, 1, pooled.shape[1]], name="share_row")
+    pooled = g.node("MatMul", [share, pooled], shape=[g.batch, 1, config.embed_dim], name="pool")
+    return g.reshape(pooled, [g.batch, config.embed_dim], name="pooled")
 
 
 def best_token(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
@@ -181,7 +200,13 @@ def best_token(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
     g, P = e.g, e.plan.config.num_prefix_tokens
     patches = e.dialect.to_rows(g, g.slice(tokens, 1, P, e.tokens, name="patches"))
     scores = e.dialect.to_tokens(g, e.linear("token_logits", patches, "aux_head"), e.tokens - P)
+    if e.valid is not None:
+        there = g.reshape(e.valid, [g.batch, e.tokens - P, 1], name="there", dtype=bool)
+        scores = g.node("Where", [there, scores, g.scalar(-3e38)], shape=scores.shape, name="token_logits_there")
     best = g.reduce("ReduceMax", scores, 1, keepdims=False, name="best_token")
+    if e.valid is not None:  # an image without a token gets nothing added
+        none = g.node("Less", [best, g.scalar(-2e38)], shape=best.shape, name="no_token", dtype=bool)
+        best = g.node("Where", [none, g.scalar(0.0), best], shape=best.shape, name="best_token_or_none")
     return g.node("Mul", [best, g.scalar(AUX_WEIGHT)], shape=best.shape, name="best_token_weighted")
 
 

@@ -50,12 +50,21 @@ def inline(node: gs.Node, opset: int) -> list[gs.Node]:
     node.inputs.clear()
     tensors.update(zip(function.output, outputs, strict=True))
     made = []
+    dims: dict[str, gs.Tensor] = {}  # output of a Shape node -> the tensor it measures
     for inner in function.node:
         attrs = {a.name: _attribute(a, node.attrs) for a in inner.attribute}
         if inner.op_type == "Constant":
             tensors[inner.output[0]] = gs.Constant(f"{node.name}.{inner.output[0]}", _constant(attrs))
             continue
         arguments = [tensors[name] for name in inner.input]
+        if inner.op_type == "Shape":
+            dims[inner.output[0]] = arguments[0]
+        if inner.op_type == "Slice" and inner.input[0] in dims:
+            start, stop = (int(bound.values[0]) for bound in arguments[1:3])
+            known = (dims[inner.input[0]].shape or [])[start:stop]
+            if len(known) == stop - start and all(isinstance(d, int) for d in known):
+                tensors[inner.output[0]] = gs.Constant(f"{node.name}.{inner.output[0]}", np.array(known, np.int64))
+                continue
         if inner.op_type in _FOLDABLE and all(isinstance(t, gs.Constant) for t in arguments):
             folded = _FOLDABLE[inner.op_type](*(t.values for t in arguments))
             tensors[inner.output[0]] = gs.Constant(f"{node.name}.{inner.output[0]}", folded)

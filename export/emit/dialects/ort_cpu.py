@@ -67,10 +67,15 @@ class OrtCpuDialect(PlainDialect):
         v: gs.Tensor,
         counts: tuple[int, int],
         heads: int,
+        bias: gs.Tensor | None = None,
     ) -> gs.Tensor:
         """Return ONNX Runtime's fused attention."""
         queries, tokens = counts
         inputs = [self.to_tokens(g, q, queries), keys, self.to_tokens(g, v, tokens)]
+        if bias is not None:  # the kernel wants one bias per query
+            zeros = g.constant(f"const.zeros_queries_{queries}", np.zeros((1, 1, queries, 1), np.float32))
+            bias = g.node("Add", [bias, zeros], shape=[g.batch, 1, queries, tokens], name="bias")
+            inputs += [gs.Variable.empty(), gs.Variable.empty(), bias]
         shape = [g.batch, queries, q.shape[-1]]
         context = g.node("MultiHeadAttention", inputs, shape=shape, name="context", domain=MICROSOFT, num_heads=heads)
         return self.to_rows(g, context)
@@ -80,8 +85,20 @@ class OrtCpuDialect(PlainDialect):
         shape = [a.shape[0], a.shape[1], b.shape[1]]
         return g.node("FusedMatMul", [a, b], shape=shape, name=name, domain=MICROSOFT, transB=1, alpha=scale)
 
-    def class_attention(self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
-        """Return the CLS query's attention, mean over heads, [B, T].
+    def turned_keys(self, g: GraphBuilder, keys: gs.Tensor, heads: int) -> gs.Tensor:
+        """Return keys [B, T, D] as [B, H, d, T]."""
+        return self.split_heads(g, "k_split", keys, heads, [0, 2, 3, 1])
+
+    def mean_keys(self, g: GraphBuilder, keys: gs.Tensor, heads: int) -> gs.Tensor:
+        """Return the mean key over heads [B, T, d]."""
+        _, T, D = keys.shape
+        split = g.reshape(keys, [g.batch, T, heads, D // heads], name="k_split")
+        return g.reduce("ReduceMean", split, 2, keepdims=False, name="mean_key")
+
+    def class_attention(
+        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int, bias: gs.Tensor | None = None
+    ) -> gs.Tensor:
+        """Return the CLS query's attention [B, H, T].
 
         The query is spread over a block-diagonal [H, D], so that the keys [B, T, D] are used as they are: splitting
         them into heads would cost a transpose larger than the product.
@@ -91,5 +108,4 @@ class OrtCpuDialect(PlainDialect):
         mask = g.constant(f"const.heads_{heads}_{D}", diagonal)
         spread = g.node("Mul", [q, mask], shape=[B, heads, D], name="spread")
         logits = self.matmul_transposed(g, "logits", spread, keys, (D // heads) ** -0.5)
-        weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
-        return g.reduce("ReduceMean", weights, 1, keepdims=False, name="scores")
+        return self.softmax(g, logits, None if bias is None else g.reshape(bias, [B, 1, tokens], name="key_bias"))

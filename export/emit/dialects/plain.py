@@ -111,15 +111,24 @@ class PlainDialect:
         v: gs.Tensor,
         counts: tuple[int, int],
         heads: int,
+        bias: gs.Tensor | None = None,
     ) -> gs.Tensor:
-        """Return softmax(q k^T / sqrt(d)) v in the layout of rows; counts are (queries, keys)."""
+        """Return softmax(q k^T / sqrt(d) + bias) v in the layout of rows.
+
+        Args:
+            g: the graph that grows.
+            q, v: in the layout of rows.
+            keys: as `keys` returns them.
+            counts: (queries, keys).
+            heads: H.
+            bias: [B, 1, 1, T], one for every key, or None.
+        """
         queries, tokens = counts
         B, D = g.batch, q.shape[-1]
         q = self.split_heads(g, "q_heads", self.to_tokens(g, q, queries), heads, [0, 2, 1, 3])
         v = self.split_heads(g, "v_heads", self.to_tokens(g, v, tokens), heads, [0, 2, 1, 3])
         q = g.node("Mul", [q, g.scalar((D // heads) ** -0.5)], shape=q.shape, name="q_scaled")
-        logits = g.node("MatMul", [q, keys], shape=[B, heads, queries, tokens], name="logits")
-        weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
+        weights = self.softmax(g, g.node("MatMul", [q, keys], shape=[B, heads, queries, tokens], name="logits"), bias)
         context = g.node("MatMul", [weights, v], shape=[B, heads, queries, D // heads], name="context")
         merged = g.transpose(context, [0, 2, 1, 3], name="merge")
         return self.to_rows(g, g.reshape(merged, [B, queries, D], name="merged"))
@@ -130,11 +139,37 @@ class PlainDialect:
         b = g.transpose(b, [0, 2, 1], name=f"{name}.turned")
         return g.node("MatMul", [a, b], shape=[a.shape[0], a.shape[1], b.shape[2]], name=name)
 
-    def class_attention(self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
-        """Return the CLS query's attention, mean over heads, [B, T]; q is the query [B, 1, D]."""
+    def softmax(self, g: GraphBuilder, logits: gs.Tensor, bias: gs.Tensor | None) -> gs.Tensor:
+        """Return the softmax over keys of logits [..., T] plus a bias that broadcasts to them."""
+        if bias is not None:
+            logits = g.node("Add", [logits, bias], shape=logits.shape, name="biased")
+        return g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
+
+    def class_attention(
+        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int, bias: gs.Tensor | None = None
+    ) -> gs.Tensor:
+        """Return the CLS query's attention [B, H, T]; q is the query [B, 1, D], bias as in `attention`."""
         B, D = g.batch, q.shape[-1]
         q = g.reshape(q, [B, heads, 1, D // heads], name="heads")
         q = g.node("Mul", [q, g.scalar((D // heads) ** -0.5)], shape=q.shape, name="scaled")
-        logits = g.node("MatMul", [q, keys], shape=[B, heads, 1, tokens], name="logits")
-        weights = g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
-        return g.reshape(g.reduce("ReduceMean", weights, 1, keepdims=False, name="mean"), [B, tokens], name="scores")
+        weights = self.softmax(g, g.node("MatMul", [q, keys], shape=[B, heads, 1, tokens], name="logits"), bias)
+        return g.reshape(weights, [B, heads, tokens], name="by_head")
+
+    def mean_attention(
+        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int, bias: gs.Tensor | None = None
+    ) -> gs.Tensor:
+        """Return the attention of every query, mean over heads, [B, T, T]; q in the layout of rows."""
+        B, D = g.batch, q.shape[-1]
+        q = self.split_heads(g, "q_split", self.to_tokens(g, q, tokens), heads, [0, 2, 1, 3])
+        q = g.node("Mul", [q, g.scalar((D // heads) ** -0.5)], shape=q.shape, name="scaled")
+        keys = self.turned_keys(g, keys, heads)
+        weights = self.softmax(g, g.node("MatMul", [q, keys], shape=[B, heads, tokens, tokens], name="logits"), bias)
+        return g.reduce("ReduceMean", weights, 1, keepdims=False, name="mean_over_heads")
+
+    def turned_keys(self, g: GraphBuilder, keys: gs.Tensor, heads: int) -> gs.Tensor:
+        """Return keys, as `keys` returns them, as [B, H, d, T]."""
+        return keys
+
+    def mean_keys(self, g: GraphBuilder, keys: gs.Tensor, heads: int) -> gs.Tensor:
+        """Return the mean key over heads [B, T, d]; keys as `keys` returns them."""
+        return g.transpose(g.reduce("ReduceMean", keys, 1, keepdims=False, name="mean_key"), [0, 2, 1])

@@ -123,7 +123,7 @@ def test_k_of_every_top_k_is_a_constant_of_the_schedule(tmp_path: Path, name: st
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.model.graph.initializer if not t.external_data}
     found = [int(constants[n.input[1]].item()) for n in graph.model.graph.node if n.op_type == "TopK"]
     counts = [s.counts for s in model.stages]
-    pairs = {c.tokens_in // 2 for c in counts} | {c.tokens_in - c.kept for c in counts}
+    pairs = {c.tokens_in // 2 for c in counts} | {c.kept - (c.tokens_in + 1) // 2 for c in counts}  # P is 1
     allowed = {c.kept for c in counts} | {c.tokens_in for c in counts} | (pairs if "tome" in name else set())
     assert set(found) <= allowed
 
