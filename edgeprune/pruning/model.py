@@ -85,7 +85,7 @@ class PrunedViT(VisionTransformer):
         attention = None
         if needs is Needs.CLASS_ATTENTION:
             attention = block.attn.probabilities(q[:, :, :1], k)[:, :, 0, self.config.num_prefix_tokens :]
-        return x + block.ls1(block.attn.merge(F.scaled_dot_product_attention(q, k, v))), attention
+        return block.add_attention(x, block.attn.merge(F.scaled_dot_product_attention(q, k, v))), attention
 
     def reduce(
         self, s: int, x: Tensor, attention: Tensor | None, ids: Tensor, out: PrunedOutput
