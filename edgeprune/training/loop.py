@@ -266,6 +266,7 @@ class _Run:
             check_gradients(self.model, self.adapter.without_gradient)
             self.checked = True
         self.accelerator.unscale_gradients()
+        still_key_biases(self.model)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = bool(torch.isfinite(norm))
@@ -377,6 +378,20 @@ def check_gradients(model: nn.Module, without: tuple[str, ...]) -> None:
             hint="freeze them in the recipe, or list them in the adapter's `without_gradient`",
             details={"parameters": names},
         )
+
+
+def still_key_biases(model: PrunedViT) -> None:
+    """Set the gradients of the keys' biases to zero.
+
+    A softmax over keys does not see a bias all keys share: its gradient is nothing but rounding, which AdamW would
+    scale up to full steps that differ with the number of processes and threads.
+    """
+    D = model.config.embed_dim
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        bias = block.attn.qkv.bias
+        if bias is not None and bias.grad is not None:
+            bias.grad[D : 2 * D] = 0
 
 
 def diverged(epoch: int, values: Mapping[str, float]) -> BuildError:
