@@ -1,5 +1,7 @@
-"""Directories of images, one per class, as torchvision's `ImageFolder` reads them. numpy and Pillow only,
-and what `edgeprune.data.augment` needs when training augments."""
+"""Directories of images, one per class, as torchvision's `ImageFolder` reads them.
+
+numpy and Pillow only; `edgeprune.data.augment` needs more when training augments.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,6 @@ from edgeprune.training import losses
 from edgeprune.training.masking import gumbel_decision, masked_forward
 from edgeprune.training.recipes import Recipe
 
-
 PER_TICK = 8  # numbers of 32 bits that one count of the Philox generator gives
 
 
@@ -67,7 +66,7 @@ class StepResult:
     Attributes:
         losses: the weighted parts of the loss, scalars; the loop minimises their sum.
         logits: [B, classes], for the accuracy.
-        kept: mean number of patch tokens behind the last stage; None when the method prunes nothing.
+        kept: mean number of patch tokens behind the last stage; None when it is not known.
         macs: mean multiply-accumulates of an image, in units of 1e9; None when they are not known.
     """
 
@@ -146,7 +145,7 @@ class HardGather:
         stages = self.batch_stages(batch)
         logits = with_stages(model, stages)(batch.images)
         loss = losses.classification(logits, batch.labels, self.setup.recipe.label_smoothing)
-        kept = float(stages[-1].counts.tokens_out) if stages else None
+        kept = float(stages[-1].counts.tokens_out if stages else model.config.num_patches)
         outs = [stage.counts.tokens_out for stage in stages]
         return StepResult({"classification": loss}, logits, kept, gmacs(model.config, stages, outs))
 

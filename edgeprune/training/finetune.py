@@ -170,7 +170,7 @@ def finetune(request: FinetuneRequest, progress: Progress | None = None) -> Fine
     job = resolve(request)
     kind = ADAPTERS[job.method.name]
     log = open_log(request.log if main else "none", request.out)
-    report = progress or (lambda what, share: None)
+    report, every = progress or (lambda what, share: None), request.save_every or ""
     cpu = request.device == "cpu"
     with (
         start(request.mixed_precision, cpu=cpu, find_unused=bool(kind.without_gradient)) as accelerator,
@@ -184,7 +184,7 @@ def finetune(request: FinetuneRequest, progress: Progress | None = None) -> Fine
         state = replace(
             state,
             request=_identity(job, started_from, taught_by),
-            every_steps=int(request.save_every) if (request.save_every or "").isdigit() else 0,
+            every_steps=int(every) if every.isdigit() else 0,
             every_seconds=EVERY_SECONDS if request.save_every is None else 0.0,
         )
         resumed = state.load() if request.resume else None

@@ -14,7 +14,7 @@ from edgeprune.runtime.manifest import PreprocessInfo
 
 
 @dataclass(frozen=True)
-class EpochBatches(Dataset):  # type: ignore[type-arg]
+class EpochBatches(Dataset):
     """The batches of one epoch from number `start` on; an item depends on its number alone, not on who makes it."""
 
     data: TrainingData

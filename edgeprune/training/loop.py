@@ -196,8 +196,9 @@ class _Run:
                 self.epoch()
         finally:
             self.settings.log.close()
-            for module in self.model.blocks:
-                module.branch_scale = None
+            for block in self.model.blocks:
+                assert isinstance(block, Block)
+                block.branch_scale = None
         self.model.eval()
         return self.log, self.ema
 

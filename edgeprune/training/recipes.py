@@ -100,7 +100,8 @@ _IMAGENET = Recipe(
 )
 _DEIT = replace(
     _IMAGENET,
-    source="DeiT (arXiv 2012.12877): 300 epochs, 5e-4 per 512 images, EMA 0.99996, repeated augmentation, drop path 0.1",
+    source="DeiT (arXiv 2012.12877): 300 epochs, 5e-4 per 512 images, EMA 0.99996, repeated "
+    "augmentation, drop path 0.1",
     min_lr=5e-6,
     warmup_epochs=5,
     ema_decay=0.99996,
@@ -109,8 +110,8 @@ _DEIT = replace(
 )
 _FINETUNE = replace(
     _IMAGENET,
-    source="EViT (arXiv 2202.07800), finetune.sh: 30 epochs, 2e-5 per 512 images, no warm-up, keep rate from the start; "
-    "augmentation and EMA as DeiT",
+    source="EViT (arXiv 2202.07800), finetune.sh: 30 epochs, 2e-5 per 512 images, no warm-up, keep rate from the "
+    "start; augmentation and EMA as DeiT",
     epochs=30,
     batch_size=512,
     lr=2e-5,
@@ -165,7 +166,8 @@ PRESETS: dict[str, Recipe] = {
     "dynamicvit": _DYNAMICVIT,
     "dynamicvit-base": replace(
         _DYNAMICVIT,
-        source="DynamicViT (arXiv 2106.02034), official README for DeiT-B: as dynamicvit, ratio weight 5, drop path 0.2",
+        source="DynamicViT (arXiv 2106.02034), official README for DeiT-B: as dynamicvit, ratio weight 5, "
+        "drop path 0.2",
         ratio_weight=5.0,
         drop_path=0.2,
     ),
@@ -176,14 +178,16 @@ PRESETS: dict[str, Recipe] = {
     ),
     "evit-scratch": replace(
         _DEIT,
-        source="EViT (arXiv 2202.07800), run_code.sh: DeiT's recipe, keep rate 1 to epoch 10, then falls over 100 epochs",
+        source="EViT (arXiv 2202.07800), run_code.sh: DeiT's recipe, keep rate 1 to epoch 10, then falls over "
+        "100 epochs",
         keep_warmup=(10, 100),
     ),
     "evit-finetune": _FINETUNE,
     "asvit": replace(
         _FINETUNE,
         source="AS-ViT, finetune.sh: 30 epochs, 2e-5 per 512 images, no warm-up, weight decay 1e-6, EMA 0.99996, "
-        "repeated augmentation, budget 0.65 with weight 2, distillation 0.5; published with fp16, --mixed-precision fp16",
+        "repeated augmentation, budget 0.65 with weight 2, distillation 0.5; published with fp16 "
+        "(--mixed-precision fp16)",
     ),
     "ats": replace(
         _IMAGENET,
@@ -201,8 +205,8 @@ PRESETS: dict[str, Recipe] = {
     ),
     "cropr": replace(
         _IMAGENET,
-        source="Token Cropr, official code and logs for ImageNet: 50 epochs, 5 of warm-up, 1e-3 per 256 images at 1024, "
-        "layer decay 0.75, drop path 0.2",
+        source="Token Cropr, official code and logs for ImageNet: 50 epochs, 5 of warm-up, 1e-3 per 256 images at "
+        "1024, layer decay 0.75, drop path 0.2",
         epochs=50,
         lr=1e-3,
         lr_batch=256,
