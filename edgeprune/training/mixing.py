@@ -39,7 +39,8 @@ def mix(images: Tensor, labels: Tensor, classes: int, recipe: Recipe, *, seed: i
     targets = F.one_hot(labels, classes).float()
     rng = np.random.default_rng((seed, step, _TAG))
     cut = recipe.cutmix > 0 and (recipe.mixup == 0 or rng.random() < recipe.mixup_switch)
-    ratio = float(rng.beta(*(2 * (recipe.cutmix if cut else recipe.mixup,))))
+    alpha = recipe.cutmix if cut else recipe.mixup
+    ratio = float(rng.beta(alpha, alpha))
     applied, centre = rng.random() < recipe.mixup_prob, rng.random(2)
     if not applied:
         return images, targets
