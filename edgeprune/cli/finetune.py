@@ -9,7 +9,21 @@ import click
 
 from edgeprune.cli import parse
 from edgeprune.cli.common import verb
-from edgeprune.cli.ui import Ui, pairs
+from edgeprune.cli.ui import Ui, pairs, table
+
+
+def list_recipes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Print the presets and leave."""
+    if not value or ctx.resilient_parsing:
+        return
+    from edgeprune.training.recipes import PRESETS
+
+    shown = table("recipe", ">epochs", ">batch", ">lr", "source")
+    for name, recipe in PRESETS.items():
+        rate = f"{recipe.lr:g}" + (f" per {recipe.lr_batch}" if recipe.lr_batch else "")
+        shown.add_row(name, str(recipe.epochs), str(recipe.batch_size), rate, recipe.source)
+    ctx.obj.out.print(shown)
+    ctx.exit()
 
 
 @verb(
@@ -26,21 +40,42 @@ from edgeprune.cli.ui import Ui, pairs
 @click.option("--checkpoint", metavar="PATH", help="Weights to start from: a file, or hf-hub:owner/name.")
 @click.option("--teacher", metavar="PATH", help="Dense weights to learn from; by default those of --checkpoint.")
 @click.option("--epochs", type=click.IntRange(min=1), metavar="N", help="Instead of the recipe's.")
-@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Instead of the recipe's.")
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Of all processes together.")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), metavar="RATE", help="Instead of the recipe's.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--teacher-model", metavar="NAME", help="Architecture of the teacher, when it is another.")
+@click.option("--recipe", metavar="NAME", help="A preset --list-recipes prints; else by method, model and data.")
+@click.option("--recipe-option", multiple=True, metavar="KEY=VALUE", help="Field of the recipe to set; repeatable.")
+@click.option("--max-steps", type=click.IntRange(min=1), metavar="N", help="Stop after N steps.")
+@click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), default="no", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes that load images.")
+@click.option("--save-every", metavar="STEPS", help="Steps between states to resume from, or epoch; else 2 minutes.")
+@click.option("--resume", is_flag=True, help="Go on where a killed training stopped; no state: from the start.")
+@click.option("--log", type=click.Choice(["csv", "tensorboard", "none"]), default="csv", show_default=True)
+@click.option("--log-every", type=click.IntRange(min=1), default=50, show_default=True, metavar="STEPS")
+@click.option("--list-recipes", is_flag=True, is_eager=True, expose_value=False, callback=list_recipes)
 @click.option("--threads", type=click.IntRange(min=0), default=0, metavar="N", help="Of torch; 0: its own choice.")
 @click.option("--overwrite", is_flag=True, help="Replace the file at --output.")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .safetensors file."
 )
-def command(ui: Ui, output: Path, method_option: tuple[str, ...], **options: Any) -> dict[str, Any]:
+def command(
+    ui: Ui, output: Path, method_option: tuple[str, ...], recipe_option: tuple[str, ...], **options: Any
+) -> dict[str, Any] | None:
     """Train, then print the accuracy."""
     settings = parse.key_values(method_option, "--method-option")
+    recipe_options = parse.key_values(recipe_option, "--recipe-option")
+    from edgeprune.training.distributed import is_main_process
     from edgeprune.training.finetune import FinetuneRequest, finetune
 
+    if not is_main_process():  # of several processes one speaks; errors come from all
+        ui.quiet, ui.json = True, False
+    request = FinetuneRequest(out=output, method_options=settings, recipe_options=recipe_options, **options)
     with ui.steps() as report:
-        result = finetune(FinetuneRequest(out=output, method_options=settings, **options), report)
+        result = finetune(request, report)
+    if not is_main_process():
+        return None
     ui.written += [result.path, result.record_path]
     before = None if result.top1_before is None else f"{100 * result.top1_before:.2f} %"
     ui.data(
@@ -49,6 +84,7 @@ def command(ui: Ui, output: Path, method_option: tuple[str, ...], **options: Any
                 ("top-1 before", before),
                 ("top-1", f"{100 * result.top1:.2f} %"),
                 ("training", f"{result.seconds:.0f} s"),
+                ("averaged", _averaged(result.record)),
                 ("weights", result.path),
                 ("record", result.record_path),
             ]
@@ -56,6 +92,12 @@ def command(ui: Ui, output: Path, method_option: tuple[str, ...], **options: Any
     )
     ui.note(f"\nnext: {_export_command(result.path, settings, result.record, options)}")
     return {"weights": str(result.path), "record": result.record}
+
+
+def _averaged(record: dict[str, Any]) -> str | None:
+    """Return what the averaged weights reach and where they are."""
+    ema = record.get("ema")
+    return ema and f"{100 * ema['top1']:.2f} % top-1, {ema['file']}"
 
 
 def _export_command(path: Path, settings: dict[str, str], record: dict[str, Any], options: dict[str, Any]) -> str:

@@ -28,6 +28,8 @@ OPTIONAL = (
     ("onnxscript", "onnxscript", "0.5", "export", "exporting modules of other packages"),
     ("safetensors", "safetensors", "0.4.3", "export", "safetensors checkpoints"),
     ("scikit-learn", "sklearn", "1.3", "train", "the digits task and the demo"),
+    ("accelerate", "accelerate", "1.0", "train", "finetune"),
+    ("kornia", "kornia", "0.8", "train", "augmentation of images"),
     ("huggingface_hub", "huggingface_hub", "0.23", "hub", "hf-hub: checkpoints"),
 )
 LEAST_PYTHON = (3, 10)

@@ -10,6 +10,7 @@ from edgeprune.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgeprune.data.augment import Augmentation
     from edgeprune.runtime.manifest import PreprocessInfo
 
 DIGITS = "digits"
@@ -31,8 +32,11 @@ class Dataset(Protocol):
         """Return the number of images."""
         ...
 
-    def batches(self, size: int, preprocessing: PreprocessInfo) -> Batches:
-        """Yield all images once, in order; the last batch may be smaller."""
+    def batches(self, size: int, preprocessing: PreprocessInfo, *, shard: tuple[int, int] = (0, 1)) -> Batches:
+        """Yield all images once, in order; the last batch may be smaller.
+
+        With `shard` (i, n) only batches number i, i + n, i + 2n and so on.
+        """
         ...
 
 
@@ -49,12 +53,21 @@ class TrainingData(Protocol):
         """Return the number of images of one epoch."""
         ...
 
-    def batches(
-        self, size: int, preprocessing: PreprocessInfo, *, epoch: int, seed: int, difficulty: float = 1.0
-    ) -> Batches:
-        """Yield the epoch's images, the same for the same arguments; a last smaller batch is left out.
+    def batch(
+        self,
+        number: int,
+        size: int,
+        preprocessing: PreprocessInfo,
+        *,
+        epoch: int,
+        seed: int,
+        difficulty: float = 1.0,
+        rows: slice = slice(None),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return `rows` of batch `number` of an epoch, the same for the same arguments; no other image is made.
 
-        `difficulty` from 0 to 1 makes tasks that can be made easier so; others ignore it.
+        An epoch has `len(self) // size` batches. `difficulty` from 0 to 1 makes tasks that can be made easier so;
+        others ignore it.
         """
         ...
 
@@ -81,12 +94,13 @@ def open_dataset(spec: str, split: str = "test", *, limit: int | None = None) ->
     return FolderSet(split_path(_folder_path(spec), split), limit)
 
 
-def open_training_data(spec: str) -> TrainingData:
+def open_training_data(spec: str, augmentation: Augmentation | None = None) -> TrainingData:
     """Return the images a model is trained on.
 
     Args:
         spec: "digits" or "imagefolder:PATH"; PATH holds `train` and `val` (or `test`), so that no model is judged by
             what it was trained on.
+        augmentation: of the images of a directory besides cropping and mirroring; digits need none.
 
     Raises:
         InputError: `data-unknown`, `data-not-found`, `data-empty`, `data-split`.
@@ -98,7 +112,7 @@ def open_training_data(spec: str) -> TrainingData:
         return DigitsStream()
     from edgeprune.data.folder import FolderTraining, split_path
 
-    return FolderTraining(split_path(_folder_path(spec), "train", required=True))
+    return FolderTraining(split_path(_folder_path(spec), "train", required=True), augmentation)
 
 
 def _folder_path(spec: str) -> str:

@@ -160,9 +160,11 @@ class DigitsSet:
     def __len__(self) -> int:
         return len(self._targets)
 
-    def batches(self, size: int, preprocessing: PreprocessInfo) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(
+        self, size: int, preprocessing: PreprocessInfo, *, shard: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield images float32 [B, 3, H, W] and labels int64 [B]."""
-        for at in range(0, len(self), size):
+        for at in range(shard[0] * size, len(self), shard[1] * size):
             yield _inputs(self._images[at : at + size], preprocessing), self._targets[at : at + size]
 
 
@@ -177,14 +179,22 @@ class DigitsStream:
     def __len__(self) -> int:
         return self._count
 
-    def batches(
-        self, size: int, preprocessing: PreprocessInfo, *, epoch: int, seed: int, difficulty: float = 1.0
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield images float32 [B, 3, H, W] and labels int64 [B]; see `make_split` for `difficulty`."""
-        size = min(size, self._count)
-        for at in range(0, self._count - size + 1, size):
-            images, targets = make_split("train", size, seed, start=epoch * self._count + at, difficulty=difficulty)
-            yield _inputs(images, preprocessing), targets
+    def batch(
+        self,
+        number: int,
+        size: int,
+        preprocessing: PreprocessInfo,
+        *,
+        epoch: int,
+        seed: int,
+        difficulty: float = 1.0,
+        rows: slice = slice(None),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return images float32 [B, 3, H, W] and labels int64 [B]; see `make_split` for `difficulty`."""
+        first, stop, _ = rows.indices(size)
+        start = epoch * self._count + number * size + first
+        images, targets = make_split("train", stop - first, seed, start=start, difficulty=difficulty)
+        return _inputs(images, preprocessing), targets
 
 
 def _inputs(images: np.ndarray, info: PreprocessInfo) -> np.ndarray:

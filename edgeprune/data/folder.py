@@ -1,14 +1,20 @@
-"""Directories of images, one per class, as torchvision's `ImageFolder` reads them. numpy and Pillow only."""
+"""Directories of images, one per class, as torchvision's `ImageFolder` reads them.
+
+numpy and Pillow only; `edgeprune.data.augment` needs more when training augments.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from edgeprune.data.augment import Augmentation, augment
 from edgeprune.data.preprocess import batches, load_image, preprocess
 from edgeprune.errors import InputError
 
@@ -103,36 +109,57 @@ class FolderSet:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batches(self, size: int, preprocessing: PreprocessInfo) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(
+        self, size: int, preprocessing: PreprocessInfo, *, shard: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield images float32 [B, 3, H, W] and labels int64 [B]."""
-        for group in batches(self.samples, size):
+        for group in islice(batches(self.samples, size), shard[0], None, shard[1]):
             images = [preprocess(load_image(path), preprocessing) for path, _ in group]
             yield np.stack(images), np.array([label for _, label in group], np.int64)
 
 
 class FolderTraining:
-    """The images of a directory, shuffled, randomly cropped and flipped in every epoch."""
+    """The images of a directory, shuffled, randomly cropped, mirrored and augmented in every epoch.
 
-    def __init__(self, path: Path | str) -> None:
+    All random values of an image come from (seed, epoch, its number, which of its copies it is).
+    """
+
+    def __init__(self, path: Path | str, augmentation: Augmentation | None = None) -> None:
         self.samples, self.labels = image_folder(path)
+        self.augmentation = augmentation or Augmentation()
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batches(
-        self, size: int, preprocessing: PreprocessInfo, *, epoch: int, seed: int, difficulty: float = 1.0
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield images float32 [B, 3, H, W] and labels int64 [B]; `difficulty` has no meaning here."""
-        order = np.random.default_rng((seed, epoch)).permutation(len(self.samples)).tolist()
-        for group in batches(order, min(size, len(order))):
-            if len(group) < min(size, len(order)):
-                return
-            images = [self._augmented(number, preprocessing, (seed, epoch, number)) for number in group]
-            yield np.stack(images), np.array([self.samples[number][1] for number in group], np.int64)
+    def batch(
+        self,
+        number: int,
+        size: int,
+        preprocessing: PreprocessInfo,
+        *,
+        epoch: int,
+        seed: int,
+        difficulty: float = 1.0,
+        rows: slice = slice(None),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return images float32 [B, 3, H, W] and labels int64 [B]; `difficulty` has no meaning here."""
+        order = _order(len(self.samples), seed, epoch)
+        each = -(-size // self.augmentation.copies)  # different images of a batch; their copies stand behind them
+        keys = [(int(order[number * each + row % each]), row // each) for row in range(size)[rows]]
+        images = [self._augmented(image, preprocessing, (seed, epoch, image, copy)) for image, copy in keys]
+        return np.stack(images), np.array([self.samples[image][1] for image, _ in keys], np.int64)
 
     def _augmented(self, number: int, info: PreprocessInfo, key: tuple[int, ...]) -> np.ndarray:
-        image = random_crop(load_image(self.samples[number][0]), info, np.random.default_rng(key))
-        return preprocess(image, info.model_copy(update={"crop_pct": 1.0}))
+        rng = np.random.default_rng(key)
+        image = random_crop(load_image(self.samples[number][0]), info, rng)
+        if self.augmentation.is_plain:
+            return preprocess(image, info.model_copy(update={"crop_pct": 1.0}))
+        return augment(np.asarray(image), self.augmentation, info, int(rng.integers(2**62)))
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def random_crop(image: Image.Image, info: PreprocessInfo, rng: np.random.Generator) -> Image.Image:

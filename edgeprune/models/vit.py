@@ -120,7 +120,14 @@ def branch_scale(config: ViTConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block.
+
+    Attributes:
+        branch_scale: while training with stochastic depth, factors [B, 1, 1] of the attention and the MLP branch:
+            0 for images that skip it, more than 1 for the others.
+    """
+
+    branch_scale: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -133,11 +140,17 @@ class Block(nn.Module):
 
     def add_mlp(self, x: Tensor) -> Tensor:
         """Return x plus the MLP branch; [B, T, D]."""
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + (branch if self.branch_scale is None else branch * self.branch_scale[1])
+
+    def add_attention(self, x: Tensor, attention: Tensor) -> Tensor:
+        """Return x plus the output of the attention; both [B, T, D]."""
+        branch = self.ls1(attention)
+        return x + (branch if self.branch_scale is None else branch * self.branch_scale[0])
 
     def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
         """Return the block's output [B, T, D]; `policy` [B, T] masks tokens while training."""
-        return self.add_mlp(x + self.ls1(self.attn(self.norm1(x), policy)))
+        return self.add_mlp(self.add_attention(x, self.attn(self.norm1(x), policy)))
 
 
 class PatchEmbed(nn.Module):

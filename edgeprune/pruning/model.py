@@ -162,7 +162,7 @@ class PrunedViT(VisionTransformer):
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         if Needs.CONTEXT in needs:
             seen.context = context[:, :, P:]
-        s.x = s.x + block.ls1(block.attn.merge(context))
+        s.x = block.add_attention(s.x, block.attn.merge(context))
         if inside is not None:
             self.reduce(inside, s, seen, out)
         s.x = block.add_mlp(s.x)

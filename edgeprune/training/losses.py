@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgeprune.training.distributed import mean_over_processes
+
 
 def classification(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of logits [B, classes] with labels [B] int64, averaged over the batch."""
+    """Cross-entropy of logits [B, classes] with labels [B] int64 or [B, classes] shares, averaged over the batch."""
     return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
@@ -39,7 +41,7 @@ def distillation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def token_distillation(student: Tensor, teacher: Tensor, keep: Tensor) -> Tensor:
-    """Mean squared error between token features, over the kept tokens; 0 when none is kept.
+    """Mean squared error between token features, over the kept tokens of all processes; 0 when none is kept.
 
     Args:
         student: [B, N, D] normed patch features.
@@ -49,7 +51,7 @@ def token_distillation(student: Tensor, teacher: Tensor, keep: Tensor) -> Tensor
     Source: DynamicViT (arXiv 2106.02034) eq. 16.
     """
     error = (student - teacher).square().mean(-1)
-    return (error * keep).sum() / keep.sum().clamp(min=1)
+    return (error * keep).sum() / mean_over_processes(keep.sum()).clamp(min=1)
 
 
 def token_class_distillation(student_logits: Tensor, teacher_logits: Tensor, keep: Tensor) -> Tensor:
@@ -66,4 +68,4 @@ def token_class_distillation(student_logits: Tensor, teacher_logits: Tensor, kee
     """
     student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    return (divergence * keep).sum() / keep.sum().clamp(min=1)
+    return (divergence * keep).sum() / mean_over_processes(keep.sum()).clamp(min=1)

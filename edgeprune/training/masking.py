@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from edgeprune.models.vit import add_best_token
@@ -16,6 +15,8 @@ from edgeprune.pruning.predictor import Predictor
 
 # (stage, predictor logits [B, N, 2]) -> [B, N] in {0, 1}: the stage's own choice, earlier stages not considered
 Decide = Callable[[Stage, Tensor], Tensor]
+
+SMALLEST = 2.0**-25  # in place of a 0 that has no logarithm
 
 
 @dataclass
@@ -38,15 +39,25 @@ class MaskedOutput:
     token_logits: Tensor | None = None
 
 
-def gumbel_decision(stage: Stage, logits: Tensor) -> Tensor:
-    """Return keep decisions [B, N], drawn at temperature 1, with the gradient of the soft sample.
+def gumbel_decision(uniform: Callable[..., Tensor]) -> Decide:
+    """Return a choice that draws keep decisions at temperature 1, with the gradient of the soft sample.
+
+    Args:
+        uniform: gives numbers in [0, 1) as `edgeprune.training.adapters.Batch.uniform` does.
 
     Source: DynamicViT (arXiv 2106.02034) eq. 9; as in the official code the noise is added to log-probabilities.
     """
-    return F.gumbel_softmax(logits.log_softmax(-1), tau=1.0, hard=True)[..., 0]
+
+    def decide(stage: Stage, logits: Tensor) -> Tensor:
+        noise = -(-uniform(*logits.shape[1:], tag=stage.index).clamp(min=SMALLEST).log()).log()
+        soft = (logits.log_softmax(-1) + noise).softmax(-1)
+        hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
+        return (hard - soft.detach() + soft)[..., 0]
+
+    return decide
 
 
-def masked_forward(model: PrunedViT, images: Tensor, decide: Decide = gumbel_decision) -> MaskedOutput:
+def masked_forward(model: PrunedViT, images: Tensor, decide: Decide | None = None) -> MaskedOutput:
     """Run a model whose stages stand in front of blocks and have predictors; drop nothing, mask instead.
 
     With the same choices the logits equal those of the gathering pass. Without stages it is the dense model.
@@ -54,7 +65,7 @@ def masked_forward(model: PrunedViT, images: Tensor, decide: Decide = gumbel_dec
     Args:
         model: every stage is `Where.PRE_BLOCK` with a `Predictor`.
         images: [B, C, H, W] normalised.
-        decide: draws each stage's choice from its predictor's logits.
+        decide: draws each stage's choice from its predictor's logits; only a model without stages can do without.
     """
     P = model.config.num_prefix_tokens
     at = {stage.block: stage for stage in model.stages if stage.where is Where.PRE_BLOCK}
@@ -64,7 +75,7 @@ def masked_forward(model: PrunedViT, images: Tensor, decide: Decide = gumbel_dec
     for i, block in enumerate(model.blocks):
         if i in at:
             predictor = model.scorer_module(at[i])
-            assert isinstance(predictor, Predictor)
+            assert isinstance(predictor, Predictor) and decide is not None
             keep = decide(at[i], predictor.logits(x[:, P:], keep)) * keep
             decisions.append(keep)
             policy = torch.cat([keep.new_ones(len(x), P), keep], 1)

@@ -77,14 +77,15 @@ def write_output(
         for path, part in parts.items():
             part.replace(path)
     except OSError as error:
-        raise _explain(out, error) from error
+        raise explain(out, error) from error
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
     return out, record_path(out)
 
 
-def _explain(out: Path, error: OSError) -> EdgepruneError:
+def explain(out: Path, error: OSError) -> EdgepruneError:
+    """Return the error for a write that failed: `disk-full` or `output-not-writable`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentLackError(
             f"no space left for '{out}'", code="disk-full", hint="free some space or choose another --output"

@@ -322,3 +322,10 @@ def test_finetune_refuses_before_it_trains(cli: Cli, tmp_path: Path) -> None:
     assert cli(*command, tmp_path / "x.pth").json["error"]["code"] == "output-suffix"
     without = cli(*command, tmp_path / "x.safetensors", "--method", "dynamicvit", "--keep-rate", "0.7").json["error"]
     assert without["code"] == "checkpoint-missing"
+
+
+def test_finetune_lists_the_recipes_with_their_sources(cli: Cli) -> None:
+    result = cli("finetune", "--list-recipes")
+    assert result.code == 0
+    assert {"dynamicvit", "evit-scratch", "cropr", "sait"} <= {line.split()[0] for line in result.out.splitlines()}
+    assert "arXiv 2106.02034" in result.out

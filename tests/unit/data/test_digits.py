@@ -123,8 +123,23 @@ def test_other_image_size_is_resized() -> None:
 def test_training_epochs_continue_one_stream() -> None:
     stream = digits.DigitsStream(count=10)
     labels = [
-        np.concatenate([batch[1] for batch in stream.batches(4, INFO, epoch=epoch, seed=5)]) for epoch in range(2)
+        np.concatenate([stream.batch(i, 4, INFO, epoch=epoch, seed=5)[1] for i in range(2)]) for epoch in range(2)
     ]
     _, expected = digits.make_split("train", 20, 5)
     assert np.array_equal(labels[0], expected[:8])  # the last, smaller batch is left out
     assert np.array_equal(labels[1], expected[10:18])
+
+
+def test_rows_of_a_batch_are_the_same_alone() -> None:
+    stream = digits.DigitsStream()
+    whole, labels = stream.batch(2, 6, INFO, epoch=1, seed=0)
+    part, part_labels = stream.batch(2, 6, INFO, epoch=1, seed=0, rows=slice(2, 4))
+    assert np.array_equal(whole[2:4], part)
+    assert np.array_equal(labels[2:4], part_labels)
+
+
+def test_shards_of_the_evaluation_set_are_its_batches() -> None:
+    dataset = open_dataset("digits", limit=10)
+    whole = [labels.tolist() for _, labels in dataset.batches(3, INFO)]
+    shards = [[labels.tolist() for _, labels in dataset.batches(3, INFO, shard=(i, 2))] for i in range(2)]
+    assert shards == [whole[0::2], whole[1::2]]

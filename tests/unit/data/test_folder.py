@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from edgeprune.data import open_dataset, open_training_data
+from edgeprune.data.augment import Augmentation, augment, parse_rand_augment
 from edgeprune.data.folder import FolderTraining, image_folder, random_crop, split_path
 from edgeprune.data.preprocess import load_image, preprocess
-from edgeprune.errors import InputError
+from edgeprune.errors import EnvironmentLackError, InputError
 from edgeprune.runtime.manifest import PreprocessInfo
 
 INFO = PreprocessInfo(image_size=(16, 24), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9, interpolation="bicubic")
@@ -95,7 +96,7 @@ def test_training_shuffles_and_augments_by_seed_and_epoch(tmp_path: Path) -> Non
     data = FolderTraining(write_images(tmp_path, count=8))
 
     def epoch(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        pixels, labels = zip(*data.batches(4, INFO, epoch=number, seed=seed), strict=True)
+        pixels, labels = zip(*(data.batch(i, 4, INFO, epoch=number, seed=seed) for i in range(4)), strict=True)
         return np.concatenate(pixels), np.concatenate(labels)
 
     pixels, labels = epoch(0, 0)
@@ -109,9 +110,57 @@ def test_training_shuffles_and_augments_by_seed_and_epoch(tmp_path: Path) -> Non
     assert not np.array_equal(pixels, epoch(0, 1)[0])
 
 
-def test_training_keeps_a_batch_larger_than_the_data(tmp_path: Path) -> None:
-    data = FolderTraining(write_images(tmp_path, count=2))
-    assert [len(labels) for _, labels in data.batches(64, INFO, epoch=0, seed=0)] == [4]
+AUGMENTATIONS = {
+    "rand-augment": Augmentation(rand_augment="m9-n2-mstd0.5"),
+    "jitter": Augmentation(color_jitter=0.4),
+    "erase": Augmentation(random_erase=1.0),
+    "repeated": Augmentation(random_erase=0.5, repeated=True),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_rows_of_a_batch_are_the_same_alone(name: str, tmp_path: Path) -> None:
+    data = FolderTraining(write_images(tmp_path, count=8), AUGMENTATIONS[name])
+    whole, labels = data.batch(1, 6, INFO, epoch=0, seed=0)
+    part, part_labels = data.batch(1, 6, INFO, epoch=0, seed=0, rows=slice(3, 6))
+    assert whole.shape == (6, 3, 16, 24) and whole.dtype == np.float32
+    assert np.isfinite(whole).all()
+    assert np.array_equal(whole[3:], part)
+    assert np.array_equal(labels[3:], part_labels)
+    plain, _ = FolderTraining(tmp_path).batch(1, 6, INFO, epoch=0, seed=0)
+    assert not np.array_equal(whole, plain)
+
+
+def test_repeated_augmentation_shows_every_image_three_times_and_differently(tmp_path: Path) -> None:
+    data = FolderTraining(write_images(tmp_path, count=8), Augmentation(repeated=True))
+    images, labels = data.batch(0, 6, INFO, epoch=0, seed=0)
+    assert labels.tolist() == labels[:2].tolist() * 3
+    assert len({image.tobytes() for image in images}) == 6
+
+
+def test_augmentation_leaves_torchs_generator_alone() -> None:
+    torch = pytest.importorskip("torch")
+    image = np.zeros((16, 24, 3), np.uint8)
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    first = augment(image, AUGMENTATIONS["erase"], INFO, 5)
+    assert torch.equal(torch.rand(2), expected)
+    assert np.array_equal(first, augment(image, AUGMENTATIONS["erase"], INFO, 5))
+    assert not np.array_equal(first, augment(image, AUGMENTATIONS["erase"], INFO, 6))
+
+
+def test_rand_augment_texts() -> None:
+    assert parse_rand_augment("rand-m9-mstd0.5") == (9, 2, 0.5)
+    assert parse_rand_augment("m7-n3") == (7, 3, 0)
+    for text in ("", "m0", "m11", "n2", "m9-n0", "m9-inc1"):
+        assert code_of(lambda text=text: parse_rand_augment(text)) == "option"
+
+
+def test_missing_kornia_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "kornia.augmentation", None)
+    with pytest.raises(EnvironmentLackError, match="edgeprune\\[train\\]"):
+        AUGMENTATIONS["jitter"].check()
 
 
 def test_random_crop_shows_parts_of_the_image_both_ways_round() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from edgeprune.training.finetune import FinetuneRequest, finetune
 from edgeprune.training.init import init_from_scratch
 
 Request = Callable[..., FinetuneRequest]
+QUICK: dict[str, Any] = {
+    "device": "cpu",
+    "recipe_options": {"rand_augment": "none", "random_erase": "0", "ema_decay": "0"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dense(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a dense model for two classes, one step old."""
     out = tmp_path_factory.mktemp("dense") / "dense.safetensors"
-    finetune(FinetuneRequest("vit_digits", out, data=f"imagefolder:{folder}", epochs=1, batch_size=24, threads=1))
+    finetune(
+        FinetuneRequest("vit_digits", out, data=f"imagefolder:{folder}", epochs=1, batch_size=24, threads=1, **QUICK)
+    )
     return out
 
 
@@ -56,7 +63,7 @@ def request_for(folder: Path, tmp_path: Path) -> Request:
 
     def make(**fields: Any) -> FinetuneRequest:
         base = {"model": "vit_digits", "out": tmp_path / "out.safetensors", "data": f"imagefolder:{folder}"}
-        return FinetuneRequest(**{**base, "epochs": 1, "batch_size": 24, "lr": 1e-4, "threads": 1, **fields})
+        return FinetuneRequest(**{**base, "epochs": 1, "batch_size": 24, "lr": 1e-4, "threads": 1, **QUICK, **fields})
 
     return make
 
@@ -235,6 +242,19 @@ def test_output_below_a_file_is_refused(request_for: Request, tmp_path: Path) ->
         ({"method": "dynamicvit", "keep_rate": 0.7}, "checkpoint-missing"),
         ({"checkpoint": "nowhere.safetensors"}, "checkpoint-not-found"),
         ({"method": "evit", "keep_rate": 0.7, "teacher": "nowhere.safetensors"}, "option"),
+        ({"recipe": "dynamicvitt"}, "recipe-unknown"),
+        ({"recipe_options": {"speed": "1"}}, "recipe-option"),
+        ({"recipe_options": {"source": "me"}}, "recipe-option"),
+        ({"recipe_options": {"mixup": "much"}}, "recipe-option"),
+        ({"recipe_options": {"mixup": "nan"}}, "recipe-option"),
+        ({"recipe_options": {"rand_augment": "strong"}}, "option"),
+        ({"mixed_precision": "fp8"}, "option"),
+        ({"device": "tpu"}, "option"),
+        ({"log": "wandb"}, "option"),
+        ({"save_every": "0"}, "option"),
+        ({"save_every": "often"}, "option"),
+        ({"max_steps": 0}, "option"),
+        ({"workers": -1}, "option"),
     ],
 )
 def test_request_that_makes_no_sense_is_refused(fields: dict[str, Any], code: str, request_for: Request) -> None:
@@ -249,6 +269,72 @@ def test_different_classes_in_the_splits_are_refused(request_for: Request, folde
     (tmp_path / "data" / "val").mkdir()
     (tmp_path / "data" / "val" / "left").symlink_to(folder / "val" / "left")
     assert refused(request_for(data=f"imagefolder:{tmp_path / 'data'}")).code == "data-split"
+
+
+def interrupted(request: FinetuneRequest) -> None:
+    """Stop a training of two epochs after the first."""
+
+    def progress(what: str, share: float) -> None:
+        if share == 1.0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(request, progress)
+
+
+def test_interrupted_training_is_resumed_or_begun_anew_but_only_when_told(request_for: Request, dense: Path) -> None:
+    request = request_for(checkpoint=str(dense), epochs=2)
+    expected = load_checkpoint(finetune(replace(request, out=request.out.with_name("whole.safetensors"))).path).tensors
+    for told in ("resume", "overwrite"):
+        interrupted(request)
+        assert refused(request).code == "state-exists"
+        assert refused(replace(request, resume=True, seed=7)).code == "state-mismatch"
+        result = finetune(replace(request, **{told: True}))
+        tensors = load_checkpoint(result.path).tensors
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+        assert not request.out.with_name(f"{request.out.name}.resume").exists()
+        assert len(result.record["epochs"]) == 2
+        for path in (result.path, result.record_path):
+            path.unlink()
+
+
+def test_average_of_the_weights_is_written_beside_them(request_for: Request, dense: Path) -> None:
+    options = {**QUICK["recipe_options"], "ema_decay": "0.5"}
+    result = finetune(request_for(checkpoint=str(dense), recipe_options=options))
+    averaged = load_checkpoint(result.path.with_name("out.ema.safetensors")).tensors
+    tensors, before = load_checkpoint(result.path).tensors, load_checkpoint(dense).tensors
+    name = "blocks.0.mlp.fc1.weight"
+    assert torch.allclose(averaged[name], (tensors[name] + before[name]) / 2, atol=1e-7)
+    assert (result.record["output"], result.record["ema"]["file"]) == ("model", "out.ema.safetensors")
+    assert 0 <= result.record["ema"]["top1"] <= 1
+
+
+def test_number_of_workers_changes_nothing(request_for: Request, dense: Path) -> None:
+    options = {"rand_augment": "m9", "random_erase": "0.5", "ema_decay": "0"}
+    made = []
+    for workers in (0, 2):
+        out = request_for().out.with_name(f"{workers}.safetensors")
+        request = request_for(checkpoint=str(dense), out=out, workers=workers, batch_size=8, recipe_options=options)
+        made.append(load_checkpoint(finetune(request).path).tensors)
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_fp16_needs_a_gpu(request_for: Request) -> None:
+    assert refused(request_for(mixed_precision="fp16"), EnvironmentLackError).code == "mixed-precision"
+
+
+def test_missing_accelerate_names_the_extra(request_for: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
+    assert "edgeprune[train]" in str(refused(request_for(), EnvironmentLackError))
+
+
+def test_teacher_of_another_architecture(request_for: Request, dense: Path) -> None:
+    request = request_for(method="dynamicvit", keep_rate=0.7, checkpoint=str(dense), teacher_model="vit_digits")
+    assert refused(request).code == "option"  # whose weights?
+    assert finetune(replace(request, teacher=str(dense))).record["teacher"]["file"] == "dense.safetensors"
+    out = request.out.with_name("other.safetensors")
+    other = replace(request, out=out, teacher=str(dense), teacher_model="deit_tiny_patch16_224")
+    assert refused(other).code == "teacher-model"
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
@@ -272,7 +358,7 @@ def test_interrupted_writing_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", stop)
     with pytest.raises(KeyboardInterrupt):
-        finetune(request_for(checkpoint=str(dense)))
+        finetune(request_for(checkpoint=str(dense), log="none"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,6 +369,6 @@ def test_full_disk_leaves_nothing_and_says_so(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    error = refused(request_for(checkpoint=str(dense)), EnvironmentLackError)
+    error = refused(request_for(checkpoint=str(dense), log="none"), EnvironmentLackError)
     assert error.code == "disk-full"
     assert list(tmp_path.iterdir()) == []

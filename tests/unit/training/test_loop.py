@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from edgeprune.pruning import METHODS, get_method
 from edgeprune.pruning.base import StageRequest
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.runtime.manifest import PreprocessInfo
-from edgeprune.training.adapters import ADAPTERS, Setup
+from edgeprune.training.adapters import ADAPTERS, Batch, Setup, StepResult
+from edgeprune.training.ema import Ema
 from edgeprune.training.init import init_from_scratch, sine_positions
-from edgeprune.training.loop import difficulty_at, learning_rate, parameter_groups, top1, train
-from edgeprune.training.recipes import DIGITS_RECIPES, FOLDER_RECIPES, Recipe
+from edgeprune.training.loop import difficulty_at, learning_rate, parameter_groups, set_drop_path, top1, train
+from edgeprune.training.recipes import PRESETS, Recipe, default_recipe
 from tests.helpers.reference_vit import tiny
 
 CONFIG = tiny(depth=4, num_classes=2)
@@ -43,12 +45,25 @@ class Halves:
         return len(self.targets)
 
     def batches(
-        self, size: int, info: PreprocessInfo, *, epoch: int = 0, seed: int = 0, difficulty: float = 1.0
+        self, size: int, info: PreprocessInfo, *, shard: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        self.difficulties.append(difficulty)
-        order = np.random.default_rng((seed, epoch)).permutation(len(self))
         for at in range(0, len(self), size):
-            yield self.images[order[at : at + size]], self.targets[order[at : at + size]]
+            yield self.images[at : at + size], self.targets[at : at + size]
+
+    def batch(
+        self,
+        number: int,
+        size: int,
+        info: PreprocessInfo,
+        *,
+        epoch: int,
+        seed: int,
+        difficulty: float = 1.0,
+        rows: slice = slice(None),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.difficulties.append(difficulty)
+        order = np.random.default_rng((seed, epoch)).permutation(len(self))[number * size : (number + 1) * size][rows]
+        return self.images[order], self.targets[order]
 
 
 def run(name: str, seed: int = 0, recipe: Recipe = RECIPE, count: int = 160) -> tuple[PrunedViT, list[float]]:
@@ -60,7 +75,7 @@ def run(name: str, seed: int = 0, recipe: Recipe = RECIPE, count: int = 160) -> 
         model, teacher = PrunedViT(CONFIG, method.stages(CONFIG, where, options)), PrunedViT(CONFIG).eval()
         init_from_scratch(model)
     adapter = ADAPTERS[name](Setup(CONFIG, method, where, options, recipe, teacher))
-    log = train(model, adapter, Halves(count), recipe, INFO, seed=seed)  # type: ignore[arg-type]
+    log, _ = train(model, adapter, Halves(count), recipe, INFO, seed=seed)  # type: ignore[arg-type]
     return model, [sum(entry.losses.values()) for entry in log]
 
 
@@ -139,16 +154,96 @@ def test_curriculum_reaches_the_data() -> None:
     data, recipe = Halves(16), replace(RECIPE, epochs=3, curriculum=(0.0, 0.5))
     adapter = ADAPTERS["dense"](Setup(CONFIG, get_method("dense"), StageRequest(), {}, recipe))
     train(PrunedViT(CONFIG), adapter, data, recipe, INFO)  # type: ignore[arg-type]
-    assert data.difficulties == pytest.approx([0, 2 / 3, 1])
+    assert data.difficulties == pytest.approx([0, 0, 2 / 3, 2 / 3, 1, 1])
+
+
+def adapter_of(loss: Callable[[PrunedViT, Batch], torch.Tensor], **fields: Any) -> Any:
+    def losses(model: PrunedViT, batch: Batch) -> StepResult:
+        return StepResult({"classification": loss(model, batch)}, torch.zeros(len(batch.images), 2))
+
+    return SimpleNamespace(**{"needs_teacher": False, "without_gradient": (), "losses": losses, **fields})
 
 
 def test_divergence_is_an_error_and_not_a_model() -> None:
-    adapter = SimpleNamespace(
-        needs_teacher=False, losses=lambda model, batch: {"classification": model(batch.images).sum() * math.inf}
-    )
+    adapter = adapter_of(lambda model, batch: model(batch.images).sum() * math.inf)
     with pytest.raises(BuildError, match="epoch 1") as error:
         train(PrunedViT(CONFIG), adapter, Halves(16), RECIPE, INFO)  # type: ignore[arg-type]
     assert error.value.code == "training-diverged"
+
+
+class Exploding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * math.inf
+
+
+def test_gradient_that_is_no_number_is_an_error() -> None:
+    adapter = adapter_of(lambda model, batch: Exploding.apply(model(batch.images)).square().sum())
+    with pytest.raises(BuildError, match="norm of the gradient") as error:
+        train(PrunedViT(CONFIG), adapter, Halves(16), RECIPE, INFO)  # type: ignore[arg-type]
+    assert error.value.code == "training-diverged"
+
+
+def test_parameter_without_gradient_is_named_unless_the_adapter_allows_it() -> None:
+    def loss(model: PrunedViT, batch: Batch) -> torch.Tensor:
+        return model.embed(batch.images).square().mean()
+
+    with pytest.raises(BuildError, match=r"blocks\.0\.norm1\.weight") as error:
+        train(PrunedViT(CONFIG), adapter_of(loss), Halves(16), RECIPE, INFO)  # type: ignore[arg-type]
+    assert error.value.code == "training-no-gradient"
+    assert not any(name.startswith("patch_embed") for name in error.value.details["parameters"])
+    allowed = adapter_of(loss, without_gradient=("blocks.", "norm.", "head."))
+    train(PrunedViT(CONFIG), allowed, Halves(16), RECIPE, INFO)  # type: ignore[arg-type]
+
+
+def test_average_follows_the_weights() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1.0)
+    ema = Ema(model, 0.9)
+    for value in (2.0, 3.0):
+        torch.nn.init.constant_(model.weight, value)
+        ema.update(model)
+    assert ema.tensors["weight"].item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
+    with ema.applied(model):
+        assert model.weight.item() == ema.tensors["weight"].item()
+    assert model.weight.item() == 3.0
+
+
+def test_layer_decay_slows_the_lower_layers() -> None:
+    model = PrunedViT(CONFIG)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, replace(RECIPE, layer_decay=0.5))
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scales["head.weight"] == scales["norm.weight"] == 1
+    assert scales["blocks.3.attn.qkv.weight"] == 0.5
+    assert scales["blocks.0.attn.qkv.weight"] == 0.5**4
+    assert scales["patch_embed.proj.weight"] == scales["cls_token"] == scales["pos_embed"] == 0.5**5
+
+
+def test_learning_rate_scales_with_the_batch() -> None:
+    recipe = Recipe(source="t", epochs=1, batch_size=128, lr=1e-3, lr_batch=1024, min_lr=8e-6)
+    assert (recipe.scaled().lr, recipe.scaled().min_lr) == pytest.approx((1.25e-4, 1e-6))
+    assert recipe.scaled().scaled() == recipe.scaled()
+
+
+def test_stochastic_depth_keeps_the_mean_and_spares_the_first_block() -> None:
+    model = PrunedViT(CONFIG)
+    set_drop_path(model, Batch(torch.zeros(4000, 1), torch.zeros(4000), 0.0), 0.4)
+    first, last = model.blocks[0].branch_scale, model.blocks[-1].branch_scale
+    assert all((factor == 1).all() for factor in first)
+    for factor in last:
+        assert factor.unique().tolist() == pytest.approx([0, 1 / 0.6])
+        assert factor.mean().item() == pytest.approx(1, abs=0.06)
+
+
+def test_stochastic_depth_ends_with_the_training() -> None:
+    recipe = replace(RECIPE, epochs=1, drop_path=0.3)
+    model, _ = run("evit", recipe=recipe, count=16)
+    assert all(block.branch_scale is None for block in model.blocks)
 
 
 def test_progress_names_the_epoch_and_ends_at_one() -> None:
@@ -156,6 +251,7 @@ def test_progress_names_the_epoch_and_ends_at_one() -> None:
     adapter = ADAPTERS["dense"](Setup(CONFIG, get_method("dense"), StageRequest(), {}, RECIPE))
     train(PrunedViT(CONFIG), adapter, Halves(16), RECIPE, INFO, progress=lambda what, share: seen.append((what, share)))  # type: ignore[arg-type]
     assert seen[0][0].startswith("epoch 1/2, loss ")
+    assert {"accuracy", "GMACs", "left"} <= set(seen[0][0].replace(",", "").split())
     assert [share for _, share in seen] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
@@ -169,9 +265,22 @@ def test_sine_positions_differ_and_neighbours_are_alike() -> None:
 
 
 def test_recipes_name_their_source() -> None:
-    recipes = [*DIGITS_RECIPES.values(), *FOLDER_RECIPES.values()]
-    assert all(recipe.source and recipe.epochs > recipe.warmup_epochs for recipe in recipes)
-    official = FOLDER_RECIPES["dynamicvit", True]
+    assert all(recipe.source and recipe.epochs > recipe.warmup_epochs for recipe in PRESETS.values())
+    official = PRESETS["dynamicvit"]
     assert (official.ratio_weight, official.distill_weight, official.token_weight) == (2.0, 0.5, 0.5)
     assert (official.backbone_lr_scale, official.backbone_freeze_epochs) == (0.01, 5)
     assert official.frozen == ("cls_token", "pos_embed")
+
+
+def test_preset_follows_method_model_and_data() -> None:
+    def name(method: str, model: str = "deit_small_patch16_224", digits: bool = False, checkpoint: bool = True) -> Any:
+        return default_recipe(method, model, digits=digits, checkpoint=checkpoint)
+
+    assert name("dynamicvit") == "dynamicvit"
+    assert name("dynamicvit", "deit_base_patch16_224") == "dynamicvit-base"
+    assert name("dynamicvit", digits=True) == "digits-dynamicvit"
+    assert name("dynamicvit", checkpoint=False) is None
+    assert (name("evit"), name("evit", checkpoint=False)) == ("evit-finetune", "evit-scratch")
+    assert "patent" in PRESETS[name("sait")].note and "patent" in PRESETS[name("sait", digits=True)].note
+    for method in ("ats", "asvit", "sait", "cropr", "tome"):
+        assert name(method) in PRESETS and name(method, digits=True) in PRESETS

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Stage, StageRequest
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.pruning.ops import rank_tokens
+from edgeprune.training.adapters import Batch
 from edgeprune.training.masking import gumbel_decision, masked_forward
 from tests.helpers.reference_vit import LVVIT, randomize, tiny, tiny_lvvit
 
@@ -30,6 +34,10 @@ def dynamicvit(config: ViTConfig, keep_rate: float = 0.6) -> PrunedViT:
 
 def images(config: ViTConfig, count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, *config.image_size, generator=torch.Generator().manual_seed(1))
+
+
+def uniform(count: int) -> Callable[..., torch.Tensor]:
+    return Batch(torch.zeros(count, 1), torch.zeros(count), 0.0).uniform
 
 
 def best(kept_before: list[torch.Tensor]) -> object:
@@ -80,7 +88,7 @@ def test_model_without_stages_is_the_dense_model() -> None:
 
 def test_decisions_only_ever_drop() -> None:
     model = dynamicvit(tiny(depth=6))
-    out = masked_forward(model, images(model.config, 8))
+    out = masked_forward(model, images(model.config, 8), gumbel_decision(uniform(8)))
     shares = [decision.mean().item() for decision in out.decisions]
     for before, after in zip(out.decisions, out.decisions[1:], strict=False):
         assert (after <= before + 1e-6).all()
@@ -138,16 +146,15 @@ def test_without_aux_head_the_losses_read_the_logits() -> None:
 
 
 def test_gumbel_decision_draws_by_the_probabilities() -> None:
-    torch.manual_seed(0)
     logits = torch.tensor([0.8, 0.2]).log().expand(200, 100, 2)
-    decision = gumbel_decision(None, logits)  # type: ignore[arg-type]
+    decision = gumbel_decision(uniform(200))(SimpleNamespace(index=0), logits)  # type: ignore[arg-type]
     assert ((decision - decision.round()).abs() < 1e-6).all()
     assert decision.mean().item() == pytest.approx(0.8, abs=0.01)
 
 
 def test_gradient_reaches_every_predictor_through_the_attention() -> None:
     model = dynamicvit(tiny(depth=6))
-    masked_forward(model, images(model.config)).logits.square().sum().backward()
+    masked_forward(model, images(model.config), gumbel_decision(uniform(3))).logits.square().sum().backward()
     assert sorted(model.prune) == ["0", "1", "2"]
     for name, parameter in model.prune.named_parameters():
         assert parameter.grad is not None, name

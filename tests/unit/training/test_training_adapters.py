@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from edgeprune.models.config import ViTConfig
+from edgeprune.models.macs import dense_macs
 from edgeprune.pruning import METHODS, get_method
 from edgeprune.pruning.base import StageRequest
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.training import losses
-from edgeprune.training.adapters import ADAPTERS, Batch, RandomGather, Setup, closed_share, with_stages
-from edgeprune.training.masking import masked_forward
-from edgeprune.training.recipes import DIGITS_RECIPES, FOLDER_RECIPES, Recipe
+from edgeprune.training.adapters import ADAPTERS, Batch, RandomGather, Setup, closed_share, gmacs, with_stages
+from edgeprune.training.masking import gumbel_decision, masked_forward
+from edgeprune.training.recipes import DIGITS_RECIPES, FOLDER_RECIPES, PRESETS, Recipe
 from tests.helpers.reference_vit import randomize, tiny, tiny_lvvit
 
 RECIPE = Recipe(source="test", epochs=1, batch_size=4, lr=1e-3, label_smoothing=0.0)
@@ -37,21 +39,23 @@ def batch(epoch: float = 0.0) -> Batch:
 def test_every_method_has_an_adapter_and_recipes() -> None:
     assert set(ADAPTERS) == set(METHODS)
     for recipes in (DIGITS_RECIPES, FOLDER_RECIPES):
-        assert {method for method, _ in recipes} == set(METHODS)
         assert all((method, True) in recipes for method in METHODS)
+        assert set(recipes.values()) <= set(PRESETS)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_are_finite_scalars_with_gradient(name: str) -> None:
     made, model = setup(name)
-    parts = ADAPTERS[name](made).losses(model, batch())
+    result = ADAPTERS[name](made).losses(model, batch())
+    parts = result.losses
+    assert result.logits.shape == (4, CONFIG.num_classes)
     assert all(part.ndim == 0 and part.isfinite() and part.requires_grad for part in parts.values())
 
 
 @pytest.mark.parametrize(("name", "options"), [("dense", {}), ("evit", {}), ("evit", {"fuse": "false"})])
 def test_hard_gather_trains_what_inference_runs(name: str, options: dict[str, str]) -> None:
     made, model = setup(name, **options)
-    parts = ADAPTERS[name](made).losses(model, batch())
+    parts = ADAPTERS[name](made).losses(model, batch()).losses
     expected = losses.classification(model(batch().images), batch().labels)
     assert list(parts) == ["classification"]
     assert parts["classification"].item() == expected.item()
@@ -98,8 +102,11 @@ def test_training_leaves_the_stages_of_the_model_alone() -> None:
 
 def test_random_keeps_other_tokens_for_every_image_and_step() -> None:
     made, model = setup("random")
-    view = with_stages(model, RandomGather(made).stages(0.0))
-    first, second = (view.run(batch().images).kept[0].sort(1).values for _ in range(2))
+    first, second = (
+        with_stages(model, RandomGather(made).batch_stages(replace(batch(), step=step)))
+        .run(batch().images).kept[0].sort(1).values
+        for step in range(2)
+    )  # fmt: skip
     assert first.shape == (4, model.stages[0].counts.kept)
     assert len({tuple(row) for row in torch.cat([first, second]).tolist()}) == 8
 
@@ -110,11 +117,9 @@ def test_dynamicvit_adds_up_its_four_losses() -> None:
         token_weight=0.125,
     )  # fmt: skip
     made, model = setup("dynamicvit", recipe=recipe)
-    torch.manual_seed(5)
-    parts = ADAPTERS["dynamicvit"](made).losses(model, batch())
-    torch.manual_seed(5)
+    parts = ADAPTERS["dynamicvit"](made).losses(model, batch()).losses
     with torch.no_grad():
-        out = masked_forward(model, batch().images)
+        out = masked_forward(model, batch().images, gumbel_decision(batch().uniform))
         assert made.teacher is not None
         dense = made.teacher(batch().images)
         features = masked_forward(made.teacher, batch().images).features
@@ -159,15 +164,36 @@ def test_rates_follow_stages_that_were_left_out() -> None:
     made = Setup(CONFIG, method, where, {}, RECIPE, randomize(PrunedViT(CONFIG)))
     assert [s.index for s in stages] == [1, 2]
     model = randomize(PrunedViT(CONFIG, stages))
-    torch.manual_seed(3)
-    parts = ADAPTERS["dynamicvit"](made).losses(model, batch())
-    torch.manual_seed(3)
-    out = masked_forward(model, batch().images)
+    parts = ADAPTERS["dynamicvit"](made).losses(model, batch()).losses
+    out = masked_forward(model, batch().images, gumbel_decision(batch().uniform))
     assert parts["ratio"].item() == pytest.approx(2 * losses.ratio(out.decisions, [0.5, 0.25]).item(), rel=1e-5)
 
 
 def test_teacher_gets_no_gradient() -> None:
     made, model = setup("dynamicvit")
     assert made.teacher is not None
-    torch.stack(list(ADAPTERS["dynamicvit"](made).losses(model, batch()).values())).sum().backward()
+    torch.stack(list(ADAPTERS["dynamicvit"](made).losses(model, batch()).losses.values())).sum().backward()
     assert all(parameter.grad is None for parameter in made.teacher.parameters())
+
+
+def test_random_numbers_of_a_row_do_not_depend_on_how_the_batch_is_divided() -> None:
+    whole = Batch(torch.zeros(8, 1), torch.zeros(8), 0.0, seed=3, step=7)
+    part = Batch(torch.zeros(3, 1), torch.zeros(3), 0.0, seed=3, step=7, first_row=4)
+    numbers = whole.uniform(5, 2, tag=1)
+    assert numbers.shape == (8, 5, 2)
+    assert 0 <= numbers.min() < numbers.max() < 1
+    assert torch.equal(numbers[4:7], part.uniform(5, 2, tag=1))
+    for other in (
+        whole.uniform(5, 2),
+        replace(whole, step=8).uniform(5, 2, tag=1),
+        replace(whole, seed=4).uniform(5, 2, tag=1),
+    ):
+        assert not torch.equal(numbers, other)
+
+
+def test_operations_of_a_dense_model_are_the_formulas() -> None:
+    assert gmacs(CONFIG, (), ()) == pytest.approx(dense_macs(CONFIG) / 1e9)
+    made, model = setup("evit")
+    result = ADAPTERS["evit"](made).losses(model, batch())
+    assert result.macs is not None and result.macs < dense_macs(CONFIG) / 1e9
+    assert result.kept == model.stages[-1].counts.tokens_out
