@@ -2,8 +2,8 @@
 
 Four of scikit-learn's 8x8 handwritten digits, each of another class and colour, a coloured square and dim fragments of
 digits stand on a noisy 64x64 canvas. The label is the digit of the square's colour. Each digit and the square fill one
-8x8 patch; the other 59 patches say nothing about the label, and of the four digits only one does. The colours have to
-be compared before the digit can be read, so a digit dropped early is lost. Needs numpy and scikit-learn.
+8x8 patch. The other 59 patches say nothing about the label, and which digit matters shows only when the colours have
+been compared, so what is kept after the first blocks decides the accuracy. Needs numpy and scikit-learn.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def _draw(
 
     light = np.array([FRAGMENT_LIGHT] * FRAGMENTS + [LIGHT] * shown, np.float32)
     light = light[:, 0] + (light[:, 1] - light[:, 0]) * rest[..., 7]
-    hue = rest[..., 6] * HUES  # of fragments: any
+    hue = rest[..., 6] * HUES  # of fragments: any, going with the place
     hue[:, FRAGMENTS:] = hues.argsort(1)[:, :shown] + HUE_JITTER * (2 * rest[:, FRAGMENTS:, 6] - 1)
-    hue[:, -2] += hues.argsort(1)[:, shown - 1] - hues.argsort(1)[:, shown - 2]  # the square's is that of the digit
+    hue[:, -2] += hues.argsort(1)[:, shown - 1] - hues.argsort(1)[:, shown - 2]  # the square's is the last digit's
     angle = (hue[..., None] / HUES + np.array([0, 1 / 3, 2 / 3], np.float32)) * np.float32(2 * np.pi)
     colour = (light[..., None] * (1 - SATURATION + SATURATION * np.cos(angle)))[..., None, None].astype(np.float32)
 
