@@ -2,8 +2,9 @@
 
 Four of scikit-learn's 8x8 handwritten digits, each of another class and colour, a coloured square and dim fragments of
 digits stand on a noisy 64x64 canvas. The label is the digit of the square's colour. Each digit and the square fill one
-8x8 patch. The other 59 patches say nothing about the label, and which digit matters shows only when the colours have
-been compared, so what is kept after the first blocks decides the accuracy. Needs numpy and scikit-learn.
+8x8 patch. The other 59 patches say nothing about the label, and it takes two blocks to learn the colour and to read the
+digit that has it, so what is kept before the second block's attention decides the accuracy; later the answer can be in
+the class token already. Needs numpy and scikit-learn.
 """
 
 from __future__ import annotations
