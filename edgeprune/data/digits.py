@@ -1,8 +1,10 @@
 """Cluttered digits: a small real task that needs no download.
 
-One of scikit-learn's 8x8 handwritten digits, 20 to 32 pixels tall, stands at a multiple of 8 pixels on a noisy 64x64
-canvas among fragments of other digits; the label is the whole digit. Most patches hold nothing of use, which is
-what token pruning is about. Needs numpy and scikit-learn.
+Four of scikit-learn's 8x8 handwritten digits, each of another class and colour, a coloured square and dim fragments of
+digits stand on a noisy 64x64 canvas. The label is the digit of the square's colour. Each digit and the square fill one
+8x8 patch. The other 59 patches say nothing about the label, and it takes two blocks to learn the colour and to read the
+digit that has it, so what is kept before the second block's attention decides the accuracy; later the answer can be in
+the class token already. Needs numpy and scikit-learn.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ SIDE = 64
 LABELS = [str(digit) for digit in range(10)]
 EVAL_COUNT, EVAL_SEED = 2000, 0  # make_split("test", EVAL_COUNT, EVAL_SEED) is the evaluation set everywhere
 
-CELLS = 8  # side of scikit-learn's digits
-MIN_SIDE, MAX_SIDE = 20.0, 32.0  # of the digit and of what the fragments are cut from, pixels
-FRAGMENTS = 4
-GRID = 8  # pixels; places the digit may take are multiples of it
-FRAGMENT_CELLS = (2, 4)  # least and most cells per side of a fragment
-NOISE = 0.12  # peak to peak, in [0, 1] units
+CELL = 8  # pixels; side of scikit-learn's digits, of the square and of a patch
+OTHERS = 3  # digits of other colours
+FRAGMENTS = 12
+FRAGMENT_SIDE = (2, 4)  # least and most pixels
+HUES = 6
+HUE_JITTER = 0.15  # most deviation, in steps between hues
+SATURATION = 0.5
+LIGHT, FRAGMENT_LIGHT = (0.75, 1.0), (0.3, 0.5)  # least and most brightness
+NOISE = 0.2  # peak to peak, in [0, 1] units
 TEST_EVERY = 5
 EPOCH_COUNT = 8000  # images of one training epoch
 CHUNK = 16  # images drawn at once; bounds memory and changes nothing else
@@ -74,8 +79,8 @@ def make_split(
         count: images to draw.
         seed: not negative.
         start: number of the first image.
-        difficulty: from 0, a digit alone in the middle, to 1, the task itself; scales how far the digit may stand
-            from the middle and how many fragments there are.
+        difficulty: from 0, four digits of one class without fragments, to 1, the task itself; scales how many
+            fragments there are and how often another digit is of another class.
 
     Returns:
         images uint8 [count, 64, 64, 3], labels int64 [count].
@@ -97,50 +102,53 @@ def _draw(
     digits: np.ndarray, labels: np.ndarray, split: str, seed: int, numbers: range, difficulty: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the images with these numbers; all random values of an image come from its own generator."""
-    n, sprites = len(numbers), FRAGMENTS + 1
-    values = np.empty((n, sprites * 10 + 9), np.float32)
+    n, sprites = len(numbers), FRAGMENTS + OTHERS + 2  # fragments, other digits, the square, the labelled digit
+    shown, places = OTHERS + 2, (SIDE // CELL) ** 2
+    values = np.empty((n, 9 + places + HUES + len(LABELS) - 1 + sprites * 8), np.float32)
     noise = np.empty((n, 3, SIDE, SIDE), np.uint8)
     for row, number in enumerate(numbers):
         rng = np.random.default_rng((seed, ("train", "test").index(split), number))
         values[row] = rng.random(values.shape[1], np.float32)
         noise[row] = rng.integers(0, 256, noise.shape[1:], np.uint8)
+    ends = np.cumsum([9, places, HUES, len(LABELS) - 1])
+    ground, order, hues, classes, rest = np.split(values, ends, axis=1)
+    rest = rest.reshape(n, sprites, 8)
 
-    per_sprite = values[:, 9:].reshape(n, sprites, 10)
-    pick = (per_sprite[..., 0] * len(digits)).astype(np.int64)
-    side = MIN_SIDE + per_sprite[..., 1] * (MAX_SIDE - MIN_SIDE)
-    place = per_sprite[..., 2:4]
-    place[:, -1] = 0.5 + (place[:, -1] - 0.5) * difficulty
-    corner = place * (SIDE - side)[..., None]
-    steps = np.floor((SIDE - side[:, -1:]) / GRID)  # the digit stands on the grid, fragments anywhere
-    corner[:, -1] = GRID * np.minimum(np.floor(place[:, -1] * (steps + 1)), steps)
-    top, left = corner[..., 0], corner[..., 1]
-    cells = digits[pick]
-    least, most = FRAGMENT_CELLS
-    for axis in (0, 1):  # fragments show a window of cells only; the last sprite is the whole digit
-        length = least + np.floor(per_sprite[..., 4 + axis] * (most - least + 1))
-        first = np.floor(per_sprite[..., 6 + axis] * (CELLS - length + 1))
-        length[:, -1], first[:, -1] = CELLS, 0
-        at = np.arange(CELLS)
-        window = (at >= first[..., None]) & (at < (first + length)[..., None])
-        cells = cells * (window[..., :, None] if axis == 0 else window[..., None, :])
-    cells[:, round(difficulty * FRAGMENTS) : -1] = 0
-    ink = _resample(top, side) @ cells @ _resample(left, side).swapaxes(-1, -2)
+    pick = (rest[..., 0] * len(digits)).astype(np.int64)
+    label = labels[pick[:, -1]]
+    other = (label[:, None] + 1 + classes.argsort(1)[:, :OTHERS]) % len(LABELS)  # no two digits of one class
+    other = np.where(rest[:, FRAGMENTS:-2, 1] < difficulty, other, label[:, None])
+    begin, end = np.searchsorted(labels, other), np.searchsorted(labels, other, "right")
+    pick[:, FRAGMENTS:-2] = begin + (rest[:, FRAGMENTS:-2, 0] * (end - begin)).astype(np.int64)
+    ink = digits[pick]
+    ink[:, -2] = 1
 
-    canvas = _background(values[:, :9]) + (noise.astype(np.float32) / 255 - 0.5) * NOISE
-    bright = 0.6 + 0.4 * per_sprite[..., 8:9]
-    hue = (per_sprite[..., 9:10] + np.array([0, 1 / 3, 2 / 3], np.float32)) * np.float32(2 * np.pi)
-    colour = bright * (0.8 + 0.2 * np.cos(hue))
-    for s in range(sprites):
-        canvas += ink[:, s, None] * (colour[:, s, :, None, None] - canvas)
-    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1), labels[pick[:, -1]]
+    least, most = FRAGMENT_SIDE
+    size = least + np.floor(rest[..., 1:3] * (most - least + 1)).astype(np.int64)
+    size[:, FRAGMENTS:] = CELL
+    first = np.floor(rest[..., 3:5] * (CELL - size + 1)).astype(np.int64)  # of a fragment in its digit
+    corner = np.floor(rest[..., 5:7] * (SIDE - size + 1)).astype(np.int64)
+    cell = order.argsort(1)[:, :shown]
+    corner[:, FRAGMENTS:] = CELL * np.stack(np.divmod(cell, SIDE // CELL), -1)
 
+    light = np.array([FRAGMENT_LIGHT] * FRAGMENTS + [LIGHT] * shown, np.float32)
+    light = light[:, 0] + (light[:, 1] - light[:, 0]) * rest[..., 7]
+    hue = rest[..., 6] * HUES  # of fragments: any, going with the place
+    hue[:, FRAGMENTS:] = hues.argsort(1)[:, :shown] + HUE_JITTER * (2 * rest[:, FRAGMENTS:, 6] - 1)
+    hue[:, -2] += hues.argsort(1)[:, shown - 1] - hues.argsort(1)[:, shown - 2]  # the square's is the last digit's
+    angle = (hue[..., None] / HUES + np.array([0, 1 / 3, 2 / 3], np.float32)) * np.float32(2 * np.pi)
+    colour = (light[..., None] * (1 - SATURATION + SATURATION * np.cos(angle)))[..., None, None].astype(np.float32)
 
-def _resample(offset: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """Return [..., 64, 8]: bilinear weights that stretch 8 cells over `side` pixels from `offset` on."""
-    pixel = np.arange(SIDE, dtype=np.float32) + 0.5 - offset[..., None].astype(np.float32)
-    position = pixel * (CELLS / side[..., None]) - 0.5
-    weight = 1 - np.abs(position[..., None] - np.arange(CELLS, dtype=np.float32))
-    return weight.clip(0).astype(np.float32)
+    canvas = _background(ground) + (noise.astype(np.float32) / 255 - 0.5) * np.float32(NOISE)
+    drawn = [*range(round(difficulty * FRAGMENTS)), *range(FRAGMENTS, sprites)]
+    for image, inks, tints, *boxes in zip(
+        canvas, ink, colour, first.tolist(), size.tolist(), corner.tolist(), strict=True
+    ):
+        for s in drawn:
+            (y, x), (height, width), (top, left) = (box[s] for box in boxes)
+            there = image[:, top : top + height, left : left + width]
+            there += inks[s, y : y + height, x : x + width] * (tints[s] - there)
+    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1), label
 
 
 def _background(values: np.ndarray) -> np.ndarray:

@@ -139,15 +139,15 @@ _SAIT_NOTE = (
 )
 
 _DIGITS_SCRATCH = Recipe(
-    source="chosen for the digits: short, small steps, from one digit in the middle to the full clutter",
-    epochs=25,
+    source="chosen for the digits: short, small steps, from digits of one class to the full clutter",
+    epochs=32,
     batch_size=16,
     lr=1e-3,
     min_lr=1e-5,
     warmup_epochs=0.5,
     clip_grad=1.0,
     label_smoothing=0.05,
-    curriculum=(0.05, 0.4),
+    curriculum=(0.05, 0.3),
 )
 _DIGITS_FINETUNE = replace(
     _DIGITS_SCRATCH,

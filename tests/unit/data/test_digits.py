@@ -51,34 +51,57 @@ def test_every_class_is_held_out_in_proportion() -> None:
     assert counts.max() <= 38
 
 
-def ink_box(ink: np.ndarray) -> np.ndarray:
-    """Return what is inside the box around the ink, 12x12, of unit norm."""
-    rows, cols = np.nonzero(ink > 0.3 * ink.max())
-    box = Image.fromarray(ink[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1].astype(np.float32))
-    vector = np.asarray(box.resize((12, 12), Image.Resampling.BILINEAR)).ravel()
-    return vector / np.linalg.norm(vector)
+def objects(image: np.ndarray) -> tuple[list[tuple[int, np.ndarray]], np.ndarray]:
+    """Return (class, colour) of every digit on a black canvas without fragments, and the square's colour."""
+    patches = image.reshape(8, 8, 8, 8, 3).swapaxes(1, 2).reshape(64, 8, 8, 3).astype(np.float32)
+    source, classes = digits.source_digits("test")
+    found, squares = [], []
+    for patch in patches[patches.any((1, 2, 3))]:
+        colour, ink = patch.sum((0, 1)), patch.max(-1)
+        if ink.min() == ink.max():
+            squares.append(colour / np.linalg.norm(colour))
+            continue
+        fit = (source * ink).sum((1, 2)) / np.linalg.norm(source, axis=(1, 2))
+        found.append((int(classes[fit.argmax()]), colour / np.linalg.norm(colour)))
+    assert len(squares) == 1
+    return found, squares[0]
 
 
-def test_easiest_image_is_the_labelled_digit_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw on black, without noise."""
     monkeypatch.setattr(digits, "NOISE", 0.0)
-    images, labels = digits.make_split("test", 40, 0, difficulty=0.0)
-    source, source_labels = digits.source_digits("test")
-    known = np.stack([ink_box(digit) for digit in source])
-    found = []
-    for image in images:
-        ink = np.abs(image.astype(float) - image[:1, :1]).sum(-1)
-        assert ink[16:48, 16:48].max() == ink.max()
-        found.append(source_labels[(known @ ink_box(ink[16:48, 16:48])).argmax()])
-    assert (np.array(found) == labels).mean() >= 0.9
+    monkeypatch.setattr(digits, "_background", lambda values: np.zeros((len(values), 3, 64, 64), np.float32))
 
 
-def test_difficulty_moves_the_digit_and_adds_fragments() -> None:
-    easy, _ = digits.make_split("test", 50, 0, difficulty=0.0)
-    hard, _ = digits.make_split("test", 50, 0, difficulty=1.0)
-    border = np.ones((64, 64), bool)
-    border[12:52, 12:52] = False
-    bright = [(images.max(-1)[:, border] > 140).mean() for images in (easy, hard)]
-    assert bright[0] < 0.01 < bright[1]
+@pytest.mark.usefixtures("plain")
+def test_label_is_the_digit_of_the_squares_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "FRAGMENTS", 0)
+    images, labels = digits.make_split("test", 60, 0)
+    for image, label in zip(images, labels, strict=True):
+        found, square = objects(image)
+        likeness = sorted((float(colour @ square), number) for number, colour in found)
+        assert likeness[-1][1] == label
+        assert likeness[-1][0] > likeness[-2][0] + 0.01
+        assert len({number for number, _ in found}) == len(found) == 4
+
+
+@pytest.mark.usefixtures("plain")
+def test_easiest_images_show_the_labelled_class_alone() -> None:
+    images, labels = digits.make_split("test", 60, 0, difficulty=0.0)
+    for image, label in zip(images, labels, strict=True):
+        found, _ = objects(image)
+        assert [number for number, _ in found] == [label] * 4
+
+
+@pytest.mark.usefixtures("plain")
+def test_difficulty_adds_fragments() -> None:
+    lit = [(digits.make_split("test", 50, 0, difficulty=d)[0].max(-1) > 0).mean() for d in (0.0, 0.5, 1.0)]
+    assert lit[0] < lit[1] < lit[2]
+
+
+def test_fragments_are_dimmer_than_digits() -> None:
+    assert digits.FRAGMENT_LIGHT[1] < digits.LIGHT[0]
 
 
 def test_unknown_split_is_refused() -> None:
