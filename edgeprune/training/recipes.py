@@ -231,9 +231,9 @@ PRESETS: dict[str, Recipe] = {
     ),
     "digits-asvit": replace(
         _DIGITS_FINETUNE,
-        source="AS-ViT's losses; lengths and rates chosen for the digits; the budget's weight is the published one times "
-        "the ratio of DeiT-S's operations to this model's, since the loss counts operations, and the temperature as much "
-        "wider as an image has fewer tokens",
+        source="AS-ViT's losses; lengths and rates chosen for the digits; the budget's weight is the published one "
+        "times the ratio of DeiT-S's operations to this model's, since the loss counts operations, and the temperature "
+        "as much wider as an image has fewer tokens",
         lr=1e-4,
         backbone_lr_scale=2.0,
         budget=0.6,
