@@ -117,8 +117,9 @@ class PlainDialect:
 
         Args:
             g: the graph that grows.
-            q, v: in the layout of rows.
+            q: in the layout of rows.
             keys: as `keys` returns them.
+            v: in the layout of rows.
             counts: (queries, keys).
             heads: H.
             bias: [B, 1, 1, T], one for every key, or None.
