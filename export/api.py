@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgeprune.runtime.manifest import ParityInfo
 
 VERIFY_IMAGES = 4
+DEPENDS_ON_BATCH = "an image's logits depend on its batch"
 Progress = Callable[[str, float], None]
 
 
@@ -235,6 +236,8 @@ def write_bundle(
         parity = verify_graph(writer.path / "model.onnx", model, shape, request.batch, resolved.target.precision)
     report("hashing and moving into place", 0.95)
     config = resolved.config
+    if not model.exact_in_batch and request.batch[1] > 1:
+        warnings = [*warnings, f"method '{resolved.method.name}' counts over a batch: {DEPENDS_ON_BATCH}"]
     fields = {
         "model": {
             "name": config.name,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgeprune.pruning.model import PrunedOutput, PrunedViT
 
 Images = NDArray[np.float32]
-DRAWS = 4  # how often inputs are replaced whose selection is a tie
+DRAWS = 4  # rounds of inputs; what is undecided after the last is not replaced
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,12 @@ def compare(
     """Return how well a graph agrees with the reference.
 
     Two tokens whose scores differ by less than rounding may change places at the edge of a selection without either
-    side being wrong. Inputs with such a tie are drawn anew, a few times at most.
+    side being wrong. An input on which the sides disagree and whose selection is such a tie is set aside as undecided
+    and replaced, a few times at most. A disagreement without a tie counts, and so does an agreement with one.
 
     Args:
-        run: images [B, C, H, W] -> outputs by name, `logits` and, when exported, `kept_indices_<s>`.
+        run: images [B, C, H, W] -> outputs by name: `logits` and, where the graph has them, `kept_indices_<s>`,
+            `kept_counts` and `overflow`.
         model: the reference in eval mode: a `PrunedViT`, or any module images -> logits.
         batch: images per call, or smallest and largest; both are used then.
         images: number of inputs.
@@ -89,23 +91,21 @@ def compare(
     if shape is None:
         config: Any = model.config
         shape = (config.in_chans, *config.image_size)
-    inputs, reference = _draw_decided(model, shape, images, seed, limits.tie)
     sizes = (batch, batch) if isinstance(batch, int) else batch
-    outputs = [_run_padded(run, group, sizes[0]) for group in _groups(inputs, sizes)]
-    ours = np.concatenate([out["logits"] for out in outputs]).astype(np.float64)
-    theirs = reference.logits.astype(np.float64)
-    error = float(np.abs(ours - theirs).max())
-    names = [f"kept_indices_{s}" for s in range(len(reference.kept))]
-    known = bool(names) and all(name in outputs[0] for name in names)
-    kept = [np.concatenate([out[name] for out in outputs]) for name in names] if known else []
-    return ParityInfo(
-        images=len(inputs),
-        max_abs_error=error,
-        max_rel_error=error / max(float(np.abs(theirs).max()), 1e-12),
-        top1_agreement=float((ours.argmax(1) == theirs.argmax(1)).mean()),
-        kept_overlap=_overlap(kept, reference.kept) if known else None,
-        tolerance=limits.relative_error if tolerance is None else tolerance,
-    )
+    bound = limits.relative_error if tolerance is None else tolerance
+    rng = np.random.default_rng(seed)
+    inputs = draw_images(shape, images, rng)
+    decided: list[_Trial] = []
+    undecided: list[_Trial] = []
+    for _ in range(DRAWS):
+        trials = _try_all(run, model, inputs, sizes, limits.tie)
+        aside = np.array([trial.tied and not trial.agrees(bound) for trial in trials])
+        for trial, is_aside in zip(trials, aside, strict=True):
+            (undecided if is_aside else decided).append(trial)
+        if not aside.any():
+            break
+        inputs = draw_images(shape, images, rng)[: len(trials)][aside]
+    return _summarize(decided, undecided, bound)
 
 
 def failures(parity: ParityInfo, precision: str = "fp32") -> list[str]:
@@ -119,11 +119,17 @@ def failures(parity: ParityInfo, precision: str = "fp32") -> list[str]:
         )
     if parity.kept_overlap is not None and parity.kept_overlap < limits.kept_overlap:
         found.append(f"kept tokens overlap by {parity.kept_overlap:.2%}, the limit is {limits.kept_overlap:.0%}")
+    if parity.counts_agreement is not None and parity.counts_agreement < 1:
+        found.append(f"token counts are the same for {parity.counts_agreement:.1%} of the images, the limit is 100%")
+    if parity.undecided > parity.images:
+        found.append(
+            f"{parity.undecided} images disagreed at a tie of their selection, more than the {parity.images} others"
+        )
     return found
 
 
 def passes(parity: ParityInfo, precision: str = "fp32") -> bool:
-    """Return whether logits, best classes and kept tokens are within the limits; NaN never is."""
+    """Return whether logits, best classes, kept tokens and counts are within the limits; NaN never is."""
     return not failures(parity, precision)
 
 
@@ -143,51 +149,119 @@ def jaccard(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 @dataclass(frozen=True)
+class _Trial:
+    """What both sides say of one image.
+
+    Attributes:
+        ours, theirs: logits [classes] float64 of the graph and of the reference.
+        overlaps: per stage the Jaccard index of the kept sets; empty when the graph does not tell them.
+        same_counts: whether counts and overflow are equal; None when the graph does not tell them.
+        tied: a stage's choice comes within `tie` of another one.
+    """
+
+    ours: NDArray[np.float64]
+    theirs: NDArray[np.float64]
+    overlaps: tuple[float, ...]
+    same_counts: bool | None
+    tied: bool
+
+    @property
+    def error(self) -> float:
+        """Largest difference of a logit."""
+        return float(np.abs(self.ours - self.theirs).max())
+
+    def agrees(self, tolerance: float) -> bool:
+        """Return whether kept sets and counts are the same and the logits within the tolerance; NaN never is."""
+        same = all(overlap == 1 for overlap in self.overlaps) and self.same_counts is not False
+        return same and self.error <= tolerance * float(np.abs(self.theirs).max())
+
+
+def _summarize(decided: list[_Trial], undecided: list[_Trial], tolerance: float) -> ParityInfo:
+    """Return the figures of the decided images; when there is none, of the others, so that they can be looked at."""
+    trials = decided or undecided
+    error = float(np.max([trial.error for trial in trials]))
+    overlaps = [overlap for trial in trials for overlap in trial.overlaps]
+    same = [trial.same_counts for trial in trials if trial.same_counts is not None]
+    return ParityInfo(
+        images=len(decided),
+        max_abs_error=error,
+        max_rel_error=error / max(float(np.max([np.abs(trial.theirs).max() for trial in trials])), 1e-12),
+        top1_agreement=float(np.mean([trial.ours.argmax() == trial.theirs.argmax() for trial in trials])),
+        kept_overlap=float(np.mean(overlaps)) if overlaps else None,
+        counts_agreement=float(np.mean(same)) if same else None,
+        undecided=len(undecided),
+        tolerance=tolerance,
+    )
+
+
+def _try_all(
+    run: Callable[[Images], Mapping[str, NDArray[Any]]],
+    model: nn.Module,
+    images: Images,
+    batch: tuple[int, int],
+    tie: float,
+) -> list[_Trial]:
+    """Run both sides on images, the graph in groups of its batch sizes."""
+    trials: list[_Trial] = []
+    for group in _groups(images, batch):
+        padded = np.concatenate([group, np.repeat(group[-1:], max(batch[0] - len(group), 0), 0)])
+        theirs = _refer(model, group, padded, tie)
+        trials += _pair(run(padded), theirs, len(group))
+    return trials
+
+
+def _pair(ours: Mapping[str, NDArray[Any]], theirs: _Reference, count: int) -> list[_Trial]:
+    """Put the first `count` images of both sides together."""
+    names = [f"kept_indices_{s}" for s in range(len(theirs.kept))]
+    known = all(name in ours for name in names)
+    told = [(ours[key], value) for key, value in theirs.numbers.items() if key in ours]
+    return [
+        _Trial(
+            ours["logits"][i].astype(np.float64),
+            theirs.logits[i].astype(np.float64),
+            tuple(jaccard(ours[n][i], kept[i]) for n, kept in zip(names, theirs.kept, strict=True)) if known else (),
+            all(np.array_equal(a[i], b[i]) for a, b in told) if told else None,
+            bool(theirs.tied[i]),
+        )
+        for i in range(count)
+    ]
+
+
+@dataclass(frozen=True)
 class _Reference:
-    """What the model computes: logits [B, classes], kept per stage [B, K], and whether a selection is a tie [B]."""
+    """What the model computes.
+
+    Attributes:
+        logits: [B, classes].
+        kept: per stage [B, K].
+        numbers: `kept_counts` [B, S] and `overflow` [B], as the graph would give them; empty without stages.
+        tied: [B] whether a selection is a tie.
+    """
 
     logits: Images
     kept: list[NDArray[np.int64]]
+    numbers: dict[str, NDArray[np.int64]]
     tied: NDArray[np.bool_]
 
-    def take(self, rows: NDArray[np.bool_]) -> _Reference:
-        return _Reference(self.logits[rows], [stage[rows] for stage in self.kept], self.tied[rows])
 
-    def join(self, other: _Reference) -> _Reference:
-        kept = [np.concatenate(pair) for pair in zip(self.kept, other.kept, strict=True)]
-        logits = np.concatenate([self.logits, other.logits])
-        return _Reference(logits, kept, np.concatenate([self.tied, other.tied]))
-
-
-def _draw_decided(
-    model: nn.Module, shape: tuple[int, ...], count: int, seed: int, tie: float
-) -> tuple[Images, _Reference]:
-    """Return inputs and the reference for them; ties that are left after `DRAWS` are taken as they are."""
-    rng = np.random.default_rng(seed)
-    inputs = draw_images(shape, count, rng)
-    reference = _refer(model, inputs, tie)
-    for _ in range(DRAWS - 1):
-        tied = reference.tied
-        if not tied.any():
-            break
-        drawn = draw_images(shape, count, rng)[tied]
-        inputs = np.concatenate([inputs[~tied], drawn])
-        reference = reference.take(~tied).join(_refer(model, drawn, tie))
-    return inputs, reference
-
-
-def _refer(model: nn.Module, images: Images, tie: float) -> _Reference:
+def _refer(model: nn.Module, group: Images, padded: Images, tie: float) -> _Reference:
+    """Return the reference for a group; when images depend on their batch, for the padded one the graph runs."""
     import torch
 
     from edgeprune.pruning.model import PrunedViT
 
     with torch.inference_mode():
-        x = torch.from_numpy(images)
         if not isinstance(model, PrunedViT):
-            return _Reference(model(x).float().numpy(), [], np.zeros(len(images), bool))
-        output = model.run(x)
-    kept = [stage.numpy() for stage in output.kept]
-    return _Reference(output.logits.numpy(), kept, _find_ties(model, output, tie))
+            return _Reference(model(torch.from_numpy(group)).float().numpy(), [], {}, np.zeros(len(group), bool))
+        output = model.run(torch.from_numpy(group if model.exact_in_batch else padded))
+        tied = _find_ties(model, output, tie)
+    if not model.exact_in_batch:
+        tied[:] = tied.any()
+    numbers = {}
+    if output.counts:
+        numbers["kept_counts"] = torch.stack(output.counts, 1).numpy()
+        numbers["overflow"] = output.overflow.long().numpy()
+    return _Reference(output.logits.numpy(), [stage.numpy() for stage in output.kept], numbers, tied)
 
 
 def _find_ties(model: PrunedViT, output: PrunedOutput, tie: float) -> NDArray[np.bool_]:
@@ -203,18 +277,3 @@ def _groups(images: Images, batch: tuple[int, int]) -> Iterator[Images]:
     yield images[: batch[0]]
     for start in range(batch[0], len(images), batch[1]):
         yield images[start : start + batch[1]]
-
-
-def _run_padded(
-    run: Callable[[Images], Mapping[str, NDArray[Any]]], images: Images, smallest: int
-) -> dict[str, NDArray[Any]]:
-    """Run a group; copies of its last image fill up one that is smaller than the smallest batch."""
-    missing = max(smallest - len(images), 0)
-    outputs = run(np.concatenate([images, np.repeat(images[-1:], missing, 0)]))
-    return {name: value[: len(images)] for name, value in outputs.items()}
-
-
-def _overlap(ours: list[NDArray[Any]], theirs: list[NDArray[Any]]) -> float:
-    """Return the mean Jaccard index of the kept sets over images and stages."""
-    pairs = zip(ours, theirs, strict=True)
-    return float(np.mean([jaccard(a, b) for stages in pairs for a, b in zip(*stages, strict=True)]))

@@ -45,7 +45,9 @@ def verify_bundle(
 
     def run(batch: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         result = session.run(batch)
-        return {"logits": result.logits, **{f"kept_indices_{s}": kept for s, kept in enumerate(result.kept)}}
+        outputs = {"logits": result.logits, "kept_counts": result.kept_counts, "overflow": result.overflow}
+        outputs |= {f"kept_indices_{s}": kept for s, kept in enumerate(result.kept)}
+        return {name: value for name, value in outputs.items() if value is not None}
 
     return compare(
         run,

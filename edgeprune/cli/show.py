@@ -82,9 +82,11 @@ def macs_words(macs: Macs) -> str:
 def parity_words(parity: ParityInfo) -> str:
     """Return how well the graph agrees with PyTorch."""
     kept = "" if parity.kept_overlap is None else f", kept tokens {parity.kept_overlap:.1%} the same"
+    counts = "" if parity.counts_agreement is None else f", token counts {parity.counts_agreement:.1%} the same"
+    aside = f", {parity.undecided} set aside: rounding decides what they keep" if parity.undecided else ""
     return (
         f"max relative error {parity.max_rel_error:.1e} (limit {parity.tolerance:g}), "
-        f"top-1 {parity.top1_agreement:.1%} the same{kept}; {parity.images} images"
+        f"top-1 {parity.top1_agreement:.1%} the same{kept}{counts}; {parity.images} images{aside}"
     )
 
 

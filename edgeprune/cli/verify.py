@@ -44,6 +44,8 @@ def command(
                 ("max relative error", f"{parity.max_rel_error:.2e} (limit {parity.tolerance:g})"),
                 ("top-1 agreement", f"{parity.top1_agreement:.1%}"),
                 ("kept tokens the same", None if parity.kept_overlap is None else f"{parity.kept_overlap:.2%}"),
+                ("counts the same", None if parity.counts_agreement is None else f"{parity.counts_agreement:.1%}"),
+                ("undecided", f"{parity.undecided}, set aside and replaced" if parity.undecided else None),
             ]
         )
     )

@@ -52,11 +52,10 @@ class Slots(Selector):
         return Selection(rank_tokens(prepared)[:, : self.k], counts)
 
     def margin(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Tensor:
-        """Return [B]: the nearest of the count's own margin and, of an image that overflows, that of the last slot."""
-        prepared = self.prepare(scores, valid)
-        counts = self.select(scores, valid, module).counts
+        """Return [B]: the nearer of the count's own margin and that between the last token kept and the next."""
+        counts = self.select(scores, valid, module).counts.clamp(max=self.k)
         margin = self.count_margin(scores if valid is None else scores.masked_fill(~valid, 0.0), valid, module)
-        return margin.minimum(rank_margin(prepared, self.k).masked_fill(counts <= self.k, float("inf")))
+        return margin.minimum(cut_margin(self.prepare(scores, valid), counts))
 
     def count_margin(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Tensor:
         """Return [B]: how far the count is from another one, as a share of the largest score."""
@@ -78,12 +77,17 @@ class Threshold(Slots):
     least: int = 0
     batch_mean: bool = False
 
+    @property
+    def exact_in_batch(self) -> bool:  # type: ignore[override]
+        """Whether counts are those of the image itself."""
+        return not self.batch_mean
+
     def limit(self, module: nn.Module | None) -> float:
         """Return the threshold."""
         if self.threshold is not None:
             return self.threshold
         assert module is not None
-        return float(module.keep_threshold)
+        return float(module.keep_threshold.detach())
 
     def count(self, counts: Tensor) -> Tensor:
         """Return the counts with the least there may be, or their mean over the batch."""
@@ -131,8 +135,18 @@ class Mass(Slots):
 
 def rank_margin(scores: Tensor, k: int) -> Tensor:
     """Return [B]: between the k-th and the next score, as a share of the largest magnitude; infinite when all stay."""
-    if k >= scores.shape[1]:
+    import torch
+
+    return cut_margin(scores, torch.full((len(scores),), k, device=scores.device))
+
+
+def cut_margin(scores: Tensor, counts: Tensor) -> Tensor:
+    """Return [B]: as `rank_margin`, behind as many scores [B, N] of an image as its count [B] says."""
+    N = scores.shape[1]
+    if N == 1:
         return scores.new_full((len(scores),), float("inf"))
     ranked = scores.sort(1, descending=True).values
     largest = scores.abs().masked_fill(scores <= NOT_KEPT, 0.0).amax(1).clamp(min=1e-30)
-    return (ranked[:, k - 1] - ranked[:, k]) / largest
+    at = counts.clamp(1, N - 1).unsqueeze(1)
+    gap = (ranked.gather(1, at - 1) - ranked.gather(1, at))[:, 0]
+    return (gap / largest).masked_fill((counts < 1) | (counts >= N), float("inf"))

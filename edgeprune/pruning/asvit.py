@@ -53,7 +53,7 @@ class HeadWeightedScorer(Scorer):
 
 def default_blocks(config: ViTConfig, options: Mapping[str, Any]) -> tuple[int, ...]:
     """Return one block behind the usual places: 4, 7, 10 of 12 blocks; 5, 9, 13 of 16; 6, 11, 16 of 20."""
-    return tuple(min(block + 1, config.depth - 1) for block in quarter_blocks(config.depth))
+    return tuple(sorted({min(block + 1, config.depth - 1) for block in quarter_blocks(config.depth)}))
 
 
 def make_stages(

@@ -121,6 +121,11 @@ class PrunedViT(VisionTransformer):
             if module is not None:
                 self.prune[str(stage.index)] = module
 
+    @property
+    def exact_in_batch(self) -> bool:
+        """Whether an image's logits are the same in every batch."""
+        return all(stage.selector.exact_in_batch for stage in self.stages)
+
     def scorer_module(self, stage: Stage) -> nn.Module | None:
         """Return the module that holds a stage's weights, or None when it has none."""
         return dict(self.prune.items()).get(str(stage.index))

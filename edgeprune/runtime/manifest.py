@@ -105,13 +105,22 @@ class PreprocessInfo(_Model):
 
 
 class ParityInfo(_Model):
-    """Agreement of the exported graph with PyTorch on fresh inputs, as `edgeprune verify` computes it."""
+    """Agreement of the exported graph with PyTorch on fresh inputs, as `edgeprune verify` computes it.
+
+    Attributes:
+        images: inputs the figures are of.
+        kept_overlap: mean Jaccard index of the kept sets, None when the graph does not tell them.
+        counts_agreement: share of images with the same token counts and overflow, None likewise.
+        undecided: inputs set aside: both sides disagreed, and rounding decides what they keep.
+    """
 
     images: int
     max_abs_error: float
     max_rel_error: float
     top1_agreement: float
     kept_overlap: float | None = None
+    counts_agreement: float | None = None
+    undecided: int = 0
     tolerance: float
 
 

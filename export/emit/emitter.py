@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from edgeprune.export.emit import parts, selection
+from edgeprune.export.emit import outputs, parts, selection
 from edgeprune.export.emit.builder import GraphBuilder
 from edgeprune.export.emit.dialects.plain import PlainDialect
 from edgeprune.export.plan import Block, Embed, Head, Plan, Restore, Select
@@ -93,5 +93,4 @@ def emit_graph(
     logits = e.rows
     assert isinstance(logits, gs.Variable)
     logits.name = "logits"
-    outputs = [logits, *selection.token_outputs(e)]
-    return g.graph([images], outputs)
+    return g.graph([images], [logits, *outputs.token_outputs(e)])

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from edgeprune.export.emit import selection
+from edgeprune.export.emit.scores import Seen
 from edgeprune.export.plan import Block, Embed, Head, Rows, rows_count
 from edgeprune.models.config import AUX_WEIGHT, BATCH_NORM_EPS, STEM_CONVOLUTIONS
 
@@ -67,7 +68,7 @@ def emit_block(e: Emission, step: Block) -> None:
         bias = e.key_bias
         keys = e.dialect.keys(e.g, project(e, step, normed, "k"), e.tokens, config.num_heads)
         values = project(e, step, normed, "v")
-        seen = selection.Seen(e.rows, normed, keys, values, block=step.index)
+        seen = Seen(e.rows, normed, keys, values, block=step.index)
         x, queries = e.rows, normed
         if step.query_rows is Rows.HEAD:
             x, queries = (first_rows(e, rows, config.num_head_tokens) for rows in (x, queries))
@@ -90,7 +91,7 @@ def emit_rest(
     step: Block,
     x: gs.Tensor,
     context: gs.Tensor,
-    seen: selection.Seen | None = None,
+    seen: Seen | None = None,
 ) -> None:
     """What follows the attention product: projection, residual, a stage on all rows, MLP."""
     block = f"blocks.{step.index}"

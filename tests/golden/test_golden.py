@@ -12,7 +12,17 @@ from onnx import helper, numpy_helper
 from tests.helpers.lowering import lowered, random_model, small, stages_of
 
 HERE = Path(__file__).parent
-METHODS = ["dense", "dynamicvit", "evit"]
+# method: keep rate, stages, options; one stage or two, so that a graph can be read
+METHODS: dict[str, tuple[float, str | None, dict[str, str]]] = {
+    "dense": (0.6, "2", {}),
+    "dynamicvit": (0.6, "2", {}),
+    "evit": (0.6, "2", {}),
+    "ats": (0.5, "2", {}),
+    "asvit": (0.5, "1,2", {}),
+    "sait": (0.5, "2", {"mass": "0.7"}),
+    "cropr": (1.0, "1,2", {"tokens_per_block": "4"}),
+    "tome": (1.0, "1,2", {"r": "3"}),
+}
 TARGETS = ["onnx", "ort-cpu"]
 SHOWN_VALUES = 8
 
@@ -63,8 +73,9 @@ def constant_text(tensor: onnx.TensorProto) -> str:
 @pytest.mark.parametrize("method", METHODS)
 def test_lowered_graph_is_the_recorded_one(tmp_path: Path, method: str, target: str, update_golden: bool) -> None:
     config = small()  # 4 blocks of width 32, 4x4 patches
-    model = random_model(config, stages_of(config, method, 0.6, "2"))
-    graph = lowered(model, tmp_path, target=target, token_outputs=method == "evit")
+    rate, stages, options = METHODS[method]
+    model = random_model(config, stages_of(config, method, rate, stages, **options))
+    graph = lowered(model, tmp_path, target=target, token_outputs=method in ("evit", "asvit", "tome"))
     text = "\n".join(describe(graph.model)) + "\n"
     path = HERE / f"{method}-{target}.txt"
     if update_golden:

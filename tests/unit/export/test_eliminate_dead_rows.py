@@ -122,10 +122,12 @@ def test_fusing_before_the_projection_is_exact_when_weights_are_large(tmp_path: 
 # ------------------------------------------------------------------------------------------------ the plan
 
 
-def plan_of(fields: dict[str, Any], method: str, text: str | None = None) -> tuple[Plan, Plan]:
+def plan_of(
+    fields: dict[str, Any], method: str, text: str | None = None, *, token_outputs: bool = False
+) -> tuple[Plan, Plan]:
     config = small(**fields)
     name, options = METHODS[method]
-    plan = build_plan(config, stages_of(config, name, 0.5, text, **options))
+    plan = build_plan(config, stages_of(config, name, 0.5, text, **options), token_outputs=token_outputs)
     return plan, eliminate_dead_rows(plan)
 
 
@@ -159,10 +161,16 @@ def test_fusing_block_still_attends_with_every_row() -> None:
     assert rows_of(plan_of({}, "evit fused", "1,2")[1]) == [ALL, *[(Rows.ALL, Rows.KEPT)] * 2, HEAD]
 
 
-def test_stage_in_the_last_block_keeps_its_tokens() -> None:
-    before, after = plan_of({}, "evit unfused", "3")
+def test_stage_in_the_last_block_keeps_its_tokens_when_the_graph_names_them() -> None:
+    before, after = plan_of({}, "evit unfused", "3", token_outputs=True)
     assert rows_of(after) == [ALL] * 3 + [KEPT]
     assert after.steps[-1] == before.steps[-1]
+
+
+def test_stage_in_the_last_block_that_nobody_reads_is_left_out() -> None:
+    _, after = plan_of({}, "evit unfused", "3")
+    assert rows_of(after) == [ALL] * 3 + [HEAD]
+    assert after.stages == ()
 
 
 def test_selection_in_front_of_blocks_leaves_only_the_last_to_narrow() -> None:
