@@ -40,7 +40,7 @@ class Model:
         for i, c in enumerate(images[:, 0, 0, 0].astype(int)):
             logits[i, c] = 2
             logits[i, (c + 1) % self.classes] = 3 if c in self.wrong else 1
-        return SimpleNamespace(logits=logits)
+        return Result(logits)
 
 
 NAMES = [str(i) for i in range(10)]
