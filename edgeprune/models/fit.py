@@ -261,7 +261,8 @@ class _Fit:
             parts.append(what)
         else:
             hint = self._advice()
-        hint = self._said() or hint
+        if left or _stage_kind(list(self.tensors)):  # else it may be the dense model a method starts from
+            hint = self._said() or hint
         return InputError(
             f"checkpoint '{self.file}' does not fit '{self.config.name}': keys {'; '.join(parts)}",
             code="checkpoint-mismatch",
@@ -294,7 +295,7 @@ class _Fit:
             info = read_metadata(self.metadata, self.file)
         except InputError:
             return None
-        return info and f"the file says it is for {info.options()}"
+        return None if info is None else f"the file says it is for {info.options()}"
 
     def _family(self) -> str | None:
         keys = list(self.tensors)

@@ -121,7 +121,7 @@ def test_record_and_metadata_tell_how_the_weights_were_made(request_for: Request
     assert metadata == {
         "format": "pt", "tool": "edgeprune", "tool_version": __version__, "model": "vit_digits", "method": "evit",
         "keep_rate": "0.7", "stages": "1,3,4", "method_options": '{"fuse": true}', "model_options": "{}",
-        "num_classes": "10", "image_size": "64x64", "layout": "official", "seed": "3", "top1": f"{result.top1:.4f}",
+        "num_classes": "2", "image_size": "64x64", "layout": "official", "seed": "3", "top1": f"{result.top1:.4f}",
     }  # fmt: skip
 
 
