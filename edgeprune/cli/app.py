@@ -33,6 +33,7 @@ VERBS = {
     "inspect": "Show what a bundle holds.",
     "evaluate": "Accuracy of a bundle on labelled images.",
     "finetune": "Train a method's weights.",
+    "convert": "Rewrite a checkpoint, checked and described.",
     "demo": "The whole way on the shipped model.",
     "models": "List the models.",
     "methods": "List the pruning methods and their options.",

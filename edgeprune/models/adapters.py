@@ -88,6 +88,15 @@ def from_transformers_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] |
     return ours
 
 
+def never_read(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the keys `from_transformers_keys` leaves out; none of a checkpoint with other keys."""
+    anchor = next((k for k in tensors if k.endswith(_ANCHOR)), None)
+    if anchor is None:
+        return []
+    prefix = anchor.removesuffix(_ANCHOR)
+    return [key for key in tensors if key.removeprefix(prefix).startswith(_NEVER_READ)]
+
+
 def from_module(module: nn.Module) -> tuple[ViTConfig, dict[str, Tensor]]:
     """Return the configuration and the weights of a timm or transformers ViT: float32, CPU, our keys.
 

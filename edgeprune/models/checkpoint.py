@@ -9,7 +9,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ class Checkpoint:
         file: file name or hub reference.
         sha256: of the whole file.
         wrapper: key of the file's top dictionary the weights came from, None when it is flat.
+        metadata: texts a safetensors file carries beside its tensors.
     """
 
     tensors: dict[str, Tensor]
     file: str
     sha256: str | None
     wrapper: str | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_checkpoint(source: str | Path, *, ema: bool = False) -> Checkpoint:
@@ -74,9 +76,9 @@ def load_checkpoint(source: str | Path, *, ema: bool = False) -> Checkpoint:
     else:
         _check_file(path)
         name = path.name
-    loaded = _read(path)
+    loaded, metadata = _read(path)
     tensors, wrapper = _unwrap(loaded, name, ema)
-    return Checkpoint(strip_prefixes(tensors), name, _sha256(path), wrapper)
+    return Checkpoint(strip_prefixes(tensors), name, _sha256(path), wrapper, metadata)
 
 
 def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,8 +183,8 @@ def _unreadable(path: Path, what: str, hint: str) -> InputError:
     )
 
 
-def _read(path: Path) -> Any:
-    """Return what the file holds: tensors by name, or what torch.save was given."""
+def _read(path: Path) -> tuple[Any, dict[str, str]]:
+    """Return what the file holds, tensors by name or what torch.save was given, and its metadata."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -192,15 +194,18 @@ def _read(path: Path) -> Any:
     # safetensors: eight bytes of header length, little-endian and below 100 MB, then a JSON object
     if head[4:9] == b"\0\0\0\0{":
         try:
+            from safetensors import safe_open
             from safetensors.torch import load_file
         except ModuleNotFoundError as error:
             raise missing_package("safetensors", "export", f"checkpoint '{path.name}'") from error
         try:
-            return load_file(path)
+            loaded = load_file(path)
+            with safe_open(path, "pt") as file:
+                return loaded, dict(file.metadata() or {})
         except Exception as error:
             raise _unreadable(path, f"it is truncated or damaged ({_first_line(error)})", again) from error
     if head[:4] == b"PK\3\4" or head[:1] == b"\x80":
-        return _read_torch(path, mapped=head[:2] == b"PK")
+        return _read_torch(path, mapped=head[:2] == b"PK"), {}
     if head.startswith(b"version https://git-lfs"):
         raise _unreadable(path, "it is a Git LFS pointer, not the file itself", "run `git lfs pull`")
     if head.lstrip()[:1] == b"<":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from edgeprune.errors import (
 from edgeprune.models.adapters import from_transformers_keys
 from edgeprune.models.checkpoint import Checkpoint, listed
 from edgeprune.models.config import STEM_STRIDE, ViTConfig
+from edgeprune.models.metadata import read_metadata
 from edgeprune.models.registry import MODELS
 from edgeprune.models.vit import VisionTransformer
 
@@ -37,6 +39,15 @@ FAMILIES = (
     (r"encoder\.layer\.\d+\.", "a Hugging Face transformers encoder"),
 )
 
+# What the weights of stages look like by either name: pattern, what they are, the --method that has them.
+STAGE_KINDS = (
+    (r"^(score_predictor|prune)\.\d+\.(in_conv|out_conv)\.", "token predictors", "dynamicvit"),
+    (r"^(score_predictor|prune)\.\d+\.keep_threshold$", "learned thresholds", "asvit"),
+    (r"^(cropr|prune)\.\d+\.(cross_attn|head)\.", "learned queries", "cropr"),
+    (r"\.attn\.out_zero_mask$", "masks of its training", "ats"),
+)
+STAGE_KEY = r"^(score_predictor|cropr|prune)\.(\d+)\.|\.attn\.out_zero_mask$"
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -47,12 +58,14 @@ class LoadReport:
         missing: weights that kept their initial values, because the caller allowed it.
         unused: keys of the checkpoint that were left, because the caller allowed it.
         resized: what was interpolated, for example "pos_embed 14x14 -> 24x24".
+        cast: changes of the number format with their counts, for example "152 float16 -> float32".
     """
 
     matched: int
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
 
 
 def load_into(
@@ -99,7 +112,7 @@ def load_into(
     missing = [k for k in wanted if k not in origin]
     fresh = [k for k in missing if k.startswith(tuple(fresh_prefixes))]
 
-    fit = _Fit(model.config, checkpoint.file, {k: source[v] for k, v in origin.items()})
+    fit = _Fit(model.config, checkpoint.file, {k: source[v] for k, v in origin.items()}, checkpoint.metadata)
     tensors = {k: source[origin[k]] for k in wanted if k in origin}
     if not any(k.startswith("blocks.") for k in tensors):
         raise fit.foreign()
@@ -108,14 +121,24 @@ def load_into(
     if integers := [k for k, v in tensors.items() if state[k].is_floating_point() and not v.is_floating_point()]:
         raise fit.not_float(integers[0])
     if left or len(fresh) < len(missing):
-        raise fit.mismatch([k for k in missing if k not in fresh], left, len(wanted))
+        raise fit.mismatch([k for k in missing if k not in fresh], left, list(wanted))
 
     resized = None
     if "pos_embed" in tensors:
         tensors, resized = fit_position_embedding(tensors, model.config, checkpoint.file)
+    changes = Counter(
+        f"{_dtype(source[origin[k]])} -> {_dtype(state[k])}"
+        for k in tensors
+        if k in origin and source[origin[k]].dtype != state[k].dtype
+    )
     tensors = {k: v.to(state[k].dtype).contiguous() for k, v in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
-    return LoadReport(len(tensors), tuple(fresh), tuple(unused), (resized,) if resized else ())
+    cast = tuple(f"{count} {change}" for change, count in changes.items())
+    return LoadReport(len(tensors), tuple(fresh), tuple(unused), (resized,) if resized else (), cast)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _same_shape(key: str, given: torch.Size, wanted: torch.Size) -> bool:
@@ -192,6 +215,7 @@ class _Fit:
     config: ViTConfig
     file: str
     tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def foreign(self) -> EdgepruneError:
         family = self._family()
@@ -211,7 +235,7 @@ class _Fit:
             classes = next(iter(wrong.values()))[0][0]
             what, hint = f"it has {classes} classes", f"add --num-classes {classes}"
         else:
-            what, hint = self._describe(), self._advice()
+            what, hint = self._describe(), self._said() or self._advice()
         shown = [f"{k} {list(a)} instead of {list(b)}" for k, (a, b) in wrong.items()]
         return InputError(
             f"checkpoint '{self.file}' does not fit '{self.config.name}': {what} ({listed(shown, 3)})",
@@ -229,24 +253,49 @@ class _Fit:
             hint="pass the checkpoint from before quantization",
         )
 
-    def mismatch(self, missing: Sequence[str], left: Sequence[str], wanted: int) -> EdgepruneError:
+    def mismatch(self, missing: Sequence[str], left: Sequence[str], wanted: Sequence[str]) -> EdgepruneError:
         parts = [f"{len(missing)} missing ({listed(missing)})"] if missing else []
         parts += [f"{len(left)} left over ({listed(left)})"] if left else []
-        if missing and not left and all(k.startswith("prune.") for k in missing):
-            parts.append("the token predictors would be untrained")
-            hint = "use a checkpoint of this method, or train the predictors with `edgeprune finetune`"
-        elif left and all(k.startswith(("score_predictor.", "prune.")) for k in left):
-            parts.append("these are token predictors")
-            hint = "choose the --method and --stages of the checkpoint, for DynamicViT --method dynamicvit"
+        if all(re.search(STAGE_KEY, k) for k in (*missing, *left)):
+            what, hint = self._stages(left, wanted)
+            parts.append(what)
         else:
             hint = self._advice()
+        if left or _stage_kind(list(self.tensors)):  # else it may be the dense model a method starts from
+            hint = self._said() or hint
         return InputError(
             f"checkpoint '{self.file}' does not fit '{self.config.name}': keys {'; '.join(parts)}",
             code="checkpoint-mismatch",
-            expected=f"exactly the {wanted} weights of the model",
+            expected=f"exactly the {len(wanted)} weights of the model",
             hint=hint,
             details={"missing": list(missing), "left_over": list(left)},
         )
+
+    def _stages(self, left: Sequence[str], wanted: Sequence[str]) -> tuple[str, str]:
+        """Say what is wrong when all that is missing or left over are weights of stages, and what to do."""
+        theirs, ours = _stage_kind([*left, *self.tensors]), _stage_kind(wanted)
+        if theirs is None and left:
+            return "these are weights of stages", "choose the --method and --stages of the checkpoint"
+        if theirs is None:
+            name = "weights of the stages" if ours is None else ours[0]
+            hint = "use a checkpoint of this method, or train with `edgeprune finetune`"
+            return f"the {name} would be untrained", hint
+        name, method = theirs
+        if theirs != ours:
+            return f"the file holds {name} of {method}", f"choose --method {method}, and the --stages of the checkpoint"
+        given, needed = (len({m[2] for k in keys if (m := re.search(STAGE_KEY, k))}) for keys in (self.tensors, wanted))
+        what = f"the file has {name} for {given} stages, the model {needed} stages"
+        if given == needed:
+            return what, f"choose the --stages and --method-option of the checkpoint for --method {method}"
+        return what, f"give the {given} blocks of the checkpoint with --stages"
+
+    def _said(self) -> str | None:
+        """What the file says of itself, None when it is not ours."""
+        try:
+            info = read_metadata(self.metadata, self.file)
+        except InputError:
+            return None
+        return None if info is None else f"the file says it is for {info.options()}"
 
     def _family(self) -> str | None:
         keys = list(self.tensors)
@@ -287,6 +336,11 @@ class _Fit:
             if family
             else ("choose the --model the checkpoint was trained as; `edgeprune models` lists them")
         )
+
+
+def _stage_kind(keys: Sequence[str]) -> tuple[str, str] | None:
+    """Return what the first weights of stages among the keys are, and the method that has them."""
+    return next(((what, name) for pattern, what, name in STAGE_KINDS if any(re.search(pattern, k) for k in keys)), None)
 
 
 _TOKENS = {"class_token": "cls", "distilled": "dist"}

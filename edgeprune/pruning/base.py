@@ -75,6 +75,10 @@ class Scorer:
         """Multiply-accumulates for `tokens` patch tokens of one image, as the literature counts them."""
         return 0
 
+    def with_training_parts(self) -> Scorer:
+        """Return the scorer whose module also holds what only training reads."""
+        return self
+
     def score(self, context: Context, module: nn.Module | None) -> Tensor:
         """Return scores [B, N] float32; slots without a token may hold anything finite."""
         raise NotImplementedError
@@ -324,10 +328,26 @@ class Method:
         blocks = self.blocks(config, request, options)
         return request.rates or self.rule.stage_rates(request.keep_rate, len(blocks))
 
+    def official_key(self, key: str) -> str:
+        """Return the name the method's official code gives to one of our keys."""
+        for official, ours in self.key_prefixes.items():
+            if key.startswith(ours):
+                return official + key.removeprefix(ours)
+        return key
+
     def stages(self, config: ViTConfig, request: StageRequest, options: Mapping[str, Any]) -> tuple[Stage, ...]:
         """Return the stages that change something, counts resolved.
 
         Stages of a fixed count that keep every token are left out, so keep rate 1 is the dense model.
+
+        Raises:
+            InputError: `keep-rate`, `stages`, `method-option` or `model-config` when the request does not fit.
+        """
+        stages = self.every_stage(config, request, options)
+        return tuple(s for s in stages if s.selector.adaptive or s.counts.kept < s.counts.tokens_in)
+
+    def every_stage(self, config: ViTConfig, request: StageRequest, options: Mapping[str, Any]) -> tuple[Stage, ...]:
+        """Return the stages, counts resolved, also those that keep every token: all that may hold weights.
 
         Raises:
             InputError: `keep-rate`, `stages`, `method-option` or `model-config` when the request does not fit.
@@ -361,7 +381,7 @@ class Method:
                 code="stages",
                 expected=f"block indices from 1 to {config.depth - 1}",
             )
-        return tuple(s for s in stages if s.selector.adaptive or s.counts.kept < s.counts.tokens_in)
+        return stages
 
 
 def quarter_blocks(depth: int) -> tuple[int, ...]:
@@ -403,3 +423,10 @@ def parse_stages(text: str | None, keep_rate: float) -> StageRequest:
             hint="for example --stages 3,6,9 or --stages 3:0.7,6:0.5,9:0.35",
         ) from None
     return StageRequest(keep_rate, blocks, rates or None)
+
+
+def format_stages(blocks: Sequence[int], rates: Sequence[float] | None = None) -> str | None:
+    """Return the text `parse_stages` reads as these blocks and rates; None for no block."""
+    if not blocks:
+        return None
+    return ",".join(f"{b}:{r:g}" for b, r in zip(blocks, rates, strict=True)) if rates else ",".join(map(str, blocks))

@@ -8,7 +8,7 @@ is left.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
@@ -51,6 +51,10 @@ class QueryScorer(Scorer):
         from edgeprune.pruning.cropr_module import CroprModule
 
         return CroprModule(config, self.queries, training_parts=self.training)
+
+    def with_training_parts(self) -> QueryScorer:
+        """Return the scorer with aggregator and auxiliary head."""
+        return replace(self, training=True)
 
     def macs(self, config: ViTConfig, tokens: int) -> int:
         """N * D."""

@@ -25,9 +25,10 @@ from edgeprune.errors import EdgepruneWarning, InputError
 from edgeprune.models.checkpoint import Checkpoint, load_checkpoint
 from edgeprune.models.config import ViTConfig
 from edgeprune.models.fit import load_into
+from edgeprune.models.metadata import WeightsInfo
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import METHODS, get_method
-from edgeprune.pruning.base import Method, Stage, StageRequest, parse_stages
+from edgeprune.pruning.base import Method, Stage, StageRequest, format_stages, parse_stages
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.runtime.manifest import PreprocessInfo
 from edgeprune.training.adapters import ADAPTERS, Setup
@@ -243,8 +244,8 @@ def finetune(request: FinetuneRequest, progress: Progress | None = None) -> Fine
         }
         if main:
             if averaged is not None and after_ema is not None:
-                write_output(ema_out, averaged, _metadata(request, after_ema), {**record, "output": "ema"})
-            write_output(request.out, tensors, _metadata(request, after), record)
+                write_output(ema_out, averaged, _metadata(job, after_ema), {**record, "output": "ema"})
+            write_output(request.out, tensors, _metadata(job, after), record)
             state.remove()
     return FinetuneResult(request.out, record_path(request.out), after, before, seconds, record)
 
@@ -531,14 +532,13 @@ def _load(model: PrunedViT, checkpoint: Checkpoint, method: Method, fresh: Seque
     """Put weights into a model that owns them; weights of stages the model lacks are left."""
     prefixes = {official: ours for m in METHODS.values() for official, ours in m.key_prefixes.items()}
     ignored = [STAGE_PREFIX, *prefixes]
-    patterns = [m.training_keys for m in METHODS.values() if m.training_keys]
     load_into(
         model,
         checkpoint,
         key_prefixes=method.key_prefixes,
         ignore_prefixes=ignored,
+        ignore_pattern="|".join(m.training_keys for m in METHODS.values() if m.training_keys) or None,
         fresh_prefixes=fresh,
-        ignore_pattern="|".join(patterns),
     )
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # what was loaded may map the file or belong to another model
@@ -550,15 +550,12 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def official_tensors(model: PrunedViT, method: Method) -> dict[str, Tensor]:
     """Return the weights under the keys the method's official code uses, without those only training reads."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if method.training_keys is not None and re.search(method.training_keys, name):
-            continue
-        for official, ours in method.key_prefixes.items():
-            if name.startswith(ours):
-                name = official + name.removeprefix(ours)
-        tensors[name] = tensor.detach().cpu().contiguous().clone()
-    return tensors
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if method.training_keys is None or not re.search(method.training_keys, name)
+    }
+    return {method.official_key(name): tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
 def describe(job: Job, model: PrunedViT) -> dict[str, Any]:
@@ -585,13 +582,21 @@ def describe(job: Job, model: PrunedViT) -> dict[str, Any]:
     }
 
 
-def _metadata(request: FinetuneRequest, accuracy: float) -> dict[str, str]:
+def _metadata(job: Job, accuracy: float) -> dict[str, str]:
+    stages = job.method.every_stage(job.config, job.where, job.options)
+    info = WeightsInfo(
+        model=job.request.model,
+        method=job.method.name,
+        keep_rate=job.request.keep_rate,
+        stages=format_stages([stage.block for stage in stages], job.where.rates),
+        method_options=job.options,
+        num_classes=job.config.num_classes,
+        image_size=job.config.image_size,
+    )
     return {
-        "format": "pt",
-        "model": request.model,
-        "method": request.method,
-        "keep_rate": f"{request.keep_rate:g}",
-        "seed": str(request.seed),
+        **info.to_metadata(),
+        "layout": "official",
+        "seed": str(job.request.seed),
         "top1": f"{accuracy:.4f}",
     }
 

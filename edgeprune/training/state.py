@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from edgeprune.errors import InputError
-from edgeprune.training.output import explain
+from edgeprune.files import explain
 
 FORMAT = 1
 EVERY_SECONDS = 120.0

@@ -12,22 +12,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Package or module -> what it may import besides itself. The two modules listed stand below their packages:
 # `runtime.manifest` is data alone, and `checks.compare` is what exporting and verifying have in common.
-_BASE = {"errors", "version", "runtime.manifest"}
+_BASE = {"errors", "version", "files", "runtime.manifest"}
 _MODEL = _BASE | {"models", "pruning", "data"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
+    "files": {"errors"},
     "runtime.manifest": set(),
     "models": _BASE,
     "pruning": _BASE | {"models"},
     "data": _BASE,
     "runtime": _BASE | {"data"},
     "training": _MODEL,
+    "convert": _MODEL,
     "checks.compare": _MODEL,
     "export": _MODEL | {"runtime", "checks.compare"},
     "checks": _MODEL | {"runtime", "checks.compare", "export"},
     "bench": _MODEL | {"runtime", "checks", "export"},
-    "cli": _MODEL | {"runtime", "checks", "export", "bench", "training"},
+    "cli": _MODEL | {"runtime", "checks", "export", "bench", "training", "convert"},
 }
 # The facade names the public API lazily, and `python -m edgeprune` is the command.
 FACADE = {"edgeprune", "edgeprune.__main__"}

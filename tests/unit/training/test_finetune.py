@@ -24,6 +24,7 @@ from edgeprune.pruning.model import PrunedViT
 from edgeprune.training import finetune as module
 from edgeprune.training.finetune import FinetuneRequest, finetune
 from edgeprune.training.init import init_from_scratch
+from edgeprune.version import __version__
 
 Request = Callable[..., FinetuneRequest]
 QUICK: dict[str, Any] = {
@@ -118,8 +119,9 @@ def test_record_and_metadata_tell_how_the_weights_were_made(request_for: Request
     with safe_open(result.path, "pt") as file:
         metadata = file.metadata()
     assert metadata == {
-        "format": "pt", "model": "vit_digits", "method": "evit", "keep_rate": "0.7", "seed": "3",
-        "top1": f"{result.top1:.4f}",
+        "format": "pt", "tool": "edgeprune", "tool_version": __version__, "model": "vit_digits", "method": "evit",
+        "keep_rate": "0.7", "stages": "1,3,4", "method_options": '{"fuse": true}', "model_options": "{}",
+        "num_classes": "2", "image_size": "64x64", "layout": "official", "seed": "3", "top1": f"{result.top1:.4f}",
     }  # fmt: skip
 
 
