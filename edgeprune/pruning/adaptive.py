@@ -86,7 +86,9 @@ class Threshold(Slots):
         """Return the threshold."""
         if self.threshold is not None:
             return self.threshold
-        assert module is not None
+        from edgeprune.pruning.threshold import KeepThreshold
+
+        assert isinstance(module, KeepThreshold)
         return float(module.keep_threshold.detach())
 
     def count(self, counts: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ def masked_forward(model: PrunedViT, images: Tensor, decide: Decide | None = Non
         policy = torch.cat([keep.new_ones(len(x), P), keep], 1)
 
     for i, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         if before := at.get((i, Where.PRE_BLOCK)):
             drop(before)
         inside, ahead = at.get((i, Where.MID_BLOCK)), at.get((i + 1, Where.PRE_BLOCK))
@@ -129,9 +130,8 @@ def masked_forward(model: PrunedViT, images: Tensor, decide: Decide | None = Non
     return _classify(model, x, keep, features, decisions)
 
 
-def _attend(block: nn.Module, x: Tensor, policy: Tensor | None, prefix: int) -> tuple[Tensor, Context]:
+def _attend(block: Block, x: Tensor, policy: Tensor | None, prefix: int) -> tuple[Tensor, Context]:
     """Return x [B, P+N, D] plus the attention branch, and everything a scorer may read of the attention."""
-    assert isinstance(block, Block)
     q, k, v = block.attn.heads(block.norm1(x))
     attention = block.attn.probabilities(q, k, policy)
     context = attention @ v

@@ -184,7 +184,7 @@ def average(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
         return g.reduce("ReduceMean", pooled, 1, keepdims=False, name="pool")
     share = e.size
     if share is None:
-        share = g.node("Cast", [e.valid], shape=e.valid.shape, name="share", to=1)
+        share = g.node("Cast", [e.valid], shape=[g.batch, e.tokens - P], name="share", to=1)
     if prefix_too:
         ones = g.constant(f"const.ones_{P}", np.ones((1, P), np.float32))
         share = g.concat([g.expand_batch(ones, share, name="prefix_share"), share], 1, name="shares")

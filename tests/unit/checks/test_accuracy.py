@@ -8,6 +8,7 @@ import pytest
 
 from edgeprune.checks.accuracy import evaluate, match_classes, rank_of
 from edgeprune.errors import InputError
+from edgeprune.runtime.session import Result
 
 
 class Data:
