@@ -189,9 +189,9 @@ def settle(request: ConvertRequest, said: WeightsInfo | None) -> tuple[ViTConfig
     if said is not None:
         base = {**said.model_options, "num_classes": said.num_classes, "image_size": said.image_size}
         _check_agrees("--num-classes", request.num_classes, said.num_classes)
-        recorded = get_model_config(model, **said.model_options)
+        registered = get_model_config(model, **said.model_options)
         for key, value in request.model_options.items():
-            _check_agrees(f"--model-option {key}", value, getattr(recorded, key))
+            _check_agrees(f"--model-option {key}", value, getattr(registered, key))
         fields = {**base, **{key: value for key, value in fields.items() if value is not None}}
         for key, value in options.items():
             _check_agrees(f"--method-option {key}", value, said.method_options.get(key, value))

@@ -178,19 +178,9 @@ def test_metadata_says_what_the_file_is_for(tmp_path):
     assert metadata == result.metadata
     assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert result.sha256 == hashlib.sha256(result.path.read_bytes()).hexdigest()
-    expected = {
-        "tool": "edgeprune",
-        "model": "vit_digits",
-        "method": "cropr",
-        "stages": "1,2,3,4",
-        "layout": "official",
-        "num_classes": "10",
-        "image_size": "64x64",
-        "source": "cropr.pth",
-        "source_wrapper": "model",
-        "ema": "false",
-        "training_tensors": "0",
-    }
+    expected = {"tool": "edgeprune", "model": "vit_digits", "method": "cropr", "stages": "1,2,3,4",
+                "layout": "official", "num_classes": "10", "image_size": "64x64", "source": "cropr.pth",
+                "source_wrapper": "model", "ema": "false", "training_tensors": "0"}  # fmt: skip
     assert expected.items() <= metadata.items()
     assert "keep_rate" not in metadata
     assert json.loads(metadata["method_options"]) == {"tokens_per_block": 6, "llf": True, "queries": 1}

@@ -125,6 +125,16 @@ def test_record_and_metadata_tell_how_the_weights_were_made(request_for: Request
     }  # fmt: skip
 
 
+def test_weights_only_training_of_another_method_reads_are_left(
+    request_for: Request, dense: Path, tmp_path: Path
+) -> None:
+    tensors = load_checkpoint(dense).tensors
+    masks = {f"blocks.{b}.attn.out_zero_mask": torch.zeros(1, 96) for b in (1, 2)}
+    torch.save({"model_state": {**tensors, **masks}}, tmp_path / "ats.pth")
+    result = finetune(request_for(method="evit", keep_rate=0.7, checkpoint=str(tmp_path / "ats.pth")))
+    assert load_checkpoint(result.path).tensors.keys() == tensors.keys()
+
+
 def test_same_seed_writes_the_same_weights(request_for: Request, dense: Path, tmp_path: Path) -> None:
     first, second = (
         load_checkpoint(
