@@ -25,13 +25,13 @@ from edgeprune.models.checkpoint import load_checkpoint
 from edgeprune.models.fit import load_into
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import METHODS, get_method
-from edgeprune.pruning.base import parse_stages
+from edgeprune.pruning.base import Where, parse_stages
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.runtime.manifest import PreprocessInfo
 from edgeprune.training.adapters import gmacs
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKPOINTS = ROOT / "checkpoints"  # seed 0 lies there, as it ships
+CHECKPOINTS = ROOT / "checkpoints"
 DENSE = CHECKPOINTS / "vit_digits_dense.safetensors"
 MODEL, BATCH = "vit_digits", 250
 SEEDS = (0, 1, 2)
@@ -58,6 +58,11 @@ class Case:
     recipe: Options = field(default_factory=dict)
     draws: int = 1
 
+    @property
+    def ships(self) -> bool:
+        """Whether the weights of seed 0 are part of the repository."""
+        return self.train is not None and self.name == self.method != "random"
+
 
 def by_rate(*rates: float, **options: str) -> tuple[tuple[str, float, Options], ...]:
     """Return settings that differ in the keep rate."""
@@ -73,9 +78,12 @@ RATES = (0.9, 0.7, 0.5, 0.3)
 CASES = (
     Case("dense", "dense", None, (("every token", 1.0, {}),)),
     Case("random", "random", (0.5, {}), by_rate(*RATES), draws=3),
+    Case("random_late", "random", (0.5, {}), by_rate(*RATES), stages="2,3,4", draws=3),
     Case("dynamicvit", "dynamicvit", (0.5, {}), by_rate(*RATES)),
     Case("evit", "evit", (0.5, {}), by_rate(*RATES), stages="0,2,3"),
-    Case("ats", "ats", (1.0, {}), by_rate(1.0, *RATES), stages="0,1,2,3"),
+    Case("ats_untrained", "ats", None, by_rate(1.0, 0.5)),
+    Case("ats", "ats", (1.0, {}), by_rate(1.0, *RATES)),
+    Case("ats_early", "ats", (1.0, {}), by_rate(1.0, *RATES), stages="0,1,2,3"),
     Case("asvit", "asvit", (1.0, {}), (("budget 0.6", 1.0, {}),), stages="1,3,4"),
     Case("asvit_low", "asvit", (1.0, {}), (("budget 0.4", 1.0, {}),), stages="1,3,4", recipe={"budget": "0.4"}),
     Case("sait", "sait", (1.0, {"mass": "0.8"}),
@@ -89,7 +97,11 @@ CASES = (
 
 @dataclass(frozen=True)
 class Point:
-    """One row: shares in [0, 1], operations in units of 1e6, tokens behind the last stage."""
+    """One row: shares in [0, 1], operations in units of 1e6, tokens behind the last stage.
+
+    `attentions` is how many blocks' attention the sequence has passed when the first token goes: information that was
+    already passed on is not lost with its token, so only rows with as many attentions compare what ranks the tokens.
+    """
 
     case: str
     method: str
@@ -100,6 +112,7 @@ class Point:
     mmacs: float
     kept: float
     trained: bool
+    attentions: int
 
 
 def command(case: Case, seed: int, out: Path) -> list[str]:
@@ -121,7 +134,8 @@ def weights_of(case: Case, seed: int, out: Path) -> Path:
     if case.train is None:
         return DENSE
     name = f"vit_digits_{case.name}"
-    path = CHECKPOINTS / f"{name}.safetensors" if seed == 0 else out / f"{name}.{seed}.safetensors"
+    shipped = seed == 0 and case.ships
+    path = CHECKPOINTS / f"{name}.safetensors" if shipped else out / f"{name}.{seed}.safetensors"
     if not path.exists():
         words = command(case, seed, path)
         print(f"edgeprune {shlex.join(words)}", file=sys.stderr)
@@ -165,9 +179,17 @@ def points(cases: tuple[Case, ...], seeds: tuple[int, ...], out: Path) -> Iterat
             spread = stdev(by_file) if len(by_file) > 1 else None
             numbers = (mean(r[1] for r in runs), mean(r[2] for r in runs))
             point = Point(case.name, case.method, setting[0], len(files), mean(by_file), spread, *numbers,
-                          case.train is not None)  # fmt: skip
+                          case.train is not None, attentions_before(case, setting))  # fmt: skip
             print(f"{point.case} {point.setting}: {100 * point.top1:.2f} %, {point.mmacs:.1f} M", file=sys.stderr)
             yield point
+
+
+def attentions_before(case: Case, setting: tuple[str, float, Options]) -> int:
+    """Return how many attentions the sequence has passed when the first token goes."""
+    _, rate, options = setting
+    config, method = get_model_config(MODEL), get_method(case.method)
+    stages = method.stages(config, parse_stages(case.stages, rate), method.parse_options(options))
+    return min((s.block + (s.where is Where.MID_BLOCK) for s in stages), default=config.depth)
 
 
 def at_macs(curve: list[Point], mmacs: float) -> float | None:
@@ -181,20 +203,23 @@ def at_macs(curve: list[Point], mmacs: float) -> float | None:
 def table(rows: list[Point]) -> str:
     """Return the Markdown table."""
     dense = next((p for p in rows if p.case == "dense"), None)
-    frame = [p for p in rows if p.case in ("random", "dense")]
+    frames = {1: "random", 2: "random_late"}  # by attentions seen
     lines = [
-        "| method | setting | MMACs | fewer | tokens left | top-1 (%) | against dense | random at the same MACs |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | setting | attentions seen | MMACs | fewer | tokens left | top-1 (%) | against dense | "
+        "random at the same MACs |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for p in rows:
         name = p.method if p.trained or p.method == "dense" else f"{p.method}, not trained"
         spread = "" if p.deviation is None else f" ± {100 * p.deviation:.1f}"
         fewer = "" if dense is None or p is dense else f"{100 * (1 - p.mmacs / dense.mmacs):.0f} %"
         against = "" if dense is None or p is dense else f"{100 * (p.top1 - dense.top1):+.1f}"
-        random = at_macs(frame, p.mmacs) if p.case not in ("random", "dense") else None
+        frame = [] if p.method in ("random", "dense") else [frames.get(p.attentions), "dense"]
+        random = at_macs([q for q in rows if q.case in frame], p.mmacs)
         beside = "" if random is None else f"{100 * random:.1f}"
         accuracy = f"{100 * p.top1:.1f}{spread}"
-        cells = [name, p.setting, f"{p.mmacs:.1f}", fewer, f"{p.kept:.1f}", accuracy, against, beside]
+        seen = str(p.attentions) if p is not dense else ""
+        cells = [name, p.setting, seen, f"{p.mmacs:.1f}", fewer, f"{p.kept:.1f}", accuracy, against, beside]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
