@@ -69,10 +69,12 @@ class Halves:
 def run(name: str, seed: int = 0, recipe: Recipe = RECIPE, count: int = 160) -> tuple[PrunedViT, list[float]]:
     """Train two short epochs and return the model and the sum of the losses per epoch."""
     method = get_method(name)
-    where, options = StageRequest(0.5), method.parse_options({})
+    where = StageRequest(1.0 if method.rule is None else 0.5)
+    options = method.parse_options({"cropr": {"tokens_per_block": "3"}, "tome": {"r": "3"}}.get(name, {}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, teacher = PrunedViT(CONFIG, method.stages(CONFIG, where, options)), PrunedViT(CONFIG).eval()
+        stages = ADAPTERS[name].model_stages(method.stages(CONFIG, where, options))
+        model, teacher = PrunedViT(CONFIG, stages), PrunedViT(CONFIG).eval()
         init_from_scratch(model)
     adapter = ADAPTERS[name](Setup(CONFIG, method, where, options, recipe, teacher))
     log, _ = train(model, adapter, Halves(count), recipe, INFO, seed=seed)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DENSE = ROOT / "checkpoints" / "vit_digits_dense.safetensors"
 PRUNED = ("--method", "dynamicvit", "--keep-rate", "0.7")
 # Steps long enough that a difference would show: weights move by 1e-3 and more.
-LARGE = ("--lr", "1e-3", "--recipe-option", "warmup_epochs=0")
+LARGE = ("--lr", "3e-4", "--recipe-option", "warmup_epochs=0")
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def test_two_processes_do_what_one_does(kind: str, options: tuple[str, ...], tmp
     run(*launcher(kind), *finetune(tmp_path / "two.safetensors", *options))
     one, two = (load_checkpoint(tmp_path / f"{name}.safetensors").tensors for name in ("one", "two"))
     before = load_checkpoint(DENSE).tensors
-    assert max((one[name] - before[name]).abs().max().item() for name in before) > 1e-3
+    assert max((one[name] - before[name]).abs().max().item() for name in before) > 3e-4
     assert max((one[name] - two[name]).abs().max().item() for name in one) <= 1e-4
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{name}.{end}" for name in ("one", "two") for end in ("json", "log.csv", "safetensors")
