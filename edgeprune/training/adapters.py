@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,34 +102,13 @@ class Setup:
         return self.method.rates(self.config, self.request, self.options)
 
 
-class Adapter(Protocol):
-    """How one method trains; built as `AdapterClass(setup)`.
+class Adapter:
+    """How one method trains.
 
     Attributes:
         needs_teacher: it reads `Setup.teacher`.
         without_gradient: beginnings of the names of parameters that may go without a gradient in a step; any other
             that does is an error.
-    """
-
-    needs_teacher: bool
-    without_gradient: tuple[str, ...]
-
-    @staticmethod
-    def model_stages(stages: Sequence[Stage]) -> Sequence[Stage]:
-        """Return the stages the model in training is built with; they may hold weights that only training reads."""
-        ...
-
-    def losses(self, model: PrunedViT, batch: Batch) -> StepResult:
-        """Return the losses of one batch."""
-        ...
-
-
-class HardGather:
-    """The training pass is the one of inference: tokens are gathered or merged, the loss is the classifier's.
-
-    For dense, EViT, ATS and ToMe. The keep rate may fall from 1 to its target over some epochs.
-
-    Source: EViT (arXiv 2202.07800) section 4 and the official schedule.
     """
 
     needs_teacher = False
@@ -142,6 +121,19 @@ class HardGather:
     def model_stages(stages: Sequence[Stage]) -> Sequence[Stage]:
         """Return the stages the model in training is built with; they may hold weights that only training reads."""
         return stages
+
+    def losses(self, model: PrunedViT, batch: Batch) -> StepResult:
+        """Return the losses of one batch."""
+        raise NotImplementedError
+
+
+class HardGather(Adapter):
+    """The training pass is the one of inference: tokens are gathered or merged, the loss is the classifier's.
+
+    For dense, EViT, ATS and ToMe. The keep rate may fall from 1 to its target over some epochs.
+
+    Source: EViT (arXiv 2202.07800) section 4 and the official schedule.
+    """
 
     def stages(self, epoch: float) -> Sequence[Stage]:
         """Return the stages in force."""
@@ -274,7 +266,7 @@ def last_class_attention(model: PrunedViT, images: Tensor) -> tuple[Tensor, Tens
     return received / received.sum(1, keepdim=True), model.classify(last(x))
 
 
-class GumbelPolicy:
+class GumbelPolicy(Adapter):
     """All tokens stay in the sequence, masks drawn from the predictors hide some, a dense teacher keeps it on course.
 
     With an aux head the losses read CLS and the tokens apart, as the official code does; inference adds them up.
@@ -283,15 +275,6 @@ class GumbelPolicy:
     """
 
     needs_teacher = True
-    without_gradient: tuple[str, ...] = ()
-
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-
-    @staticmethod
-    def model_stages(stages: Sequence[Stage]) -> Sequence[Stage]:
-        """Return the stages as they are."""
-        return stages
 
     def losses(self, model: PrunedViT, batch: Batch) -> StepResult:
         """Return the classification, ratio, distillation and token losses."""
@@ -318,22 +301,13 @@ class GumbelPolicy:
         return losses.token_class_distillation(student.token_logits, teacher.token_logits, keep)
 
 
-class ThresholdPolicy:
+class ThresholdPolicy(Adapter):
     """All tokens stay in the sequence, learned thresholds on attention hide some; the operations have a budget.
 
     Source: AS-ViT (arXiv 2209.13802) section 3.3.
     """
 
     needs_teacher = True
-    without_gradient: tuple[str, ...] = ()
-
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-
-    @staticmethod
-    def model_stages(stages: Sequence[Stage]) -> Sequence[Stage]:
-        """Return the stages as they are."""
-        return stages
 
     def losses(self, model: PrunedViT, batch: Batch) -> StepResult:
         """Return the classification, budget, distillation and, with an aux head, token losses."""
@@ -358,7 +332,7 @@ class ThresholdPolicy:
         return StepResult(parts, out.logits, left[-1].detach().mean(), macs.detach())
 
 
-ADAPTERS: dict[str, type[HardGather] | type[GumbelPolicy] | type[ThresholdPolicy]] = {
+ADAPTERS: dict[str, type[Adapter]] = {
     "dense": HardGather,
     "evit": HardGather,
     "ats": HardGather,
