@@ -40,8 +40,8 @@ def command(ui: Ui, bundle: Path, images: tuple[Path, ...], graph: str, overlay:
         }
         if prediction.overflow:
             ui.warn(
-                f"{prediction.path} keeps more tokens than the bundle has slots; its result is not the method's: export "
-                "with a higher --keep-rate"
+                f"{prediction.path} keeps more tokens than the bundle has slots; its result is not the method's: "
+                "export with a higher --keep-rate"
             )
         for rank, (index, label, probability) in enumerate(prediction.top, start=1):
             name = str(index) if label is None else label

@@ -34,7 +34,8 @@ class Attention(nn.Module):
         """Return attention [B, H, Tq, Tk].
 
         Args:
-            q, k: [B, H, T, d].
+            q: [B, H, Tq, d].
+            k: [B, H, Tk, d].
             policy: [B, Tk] in {0, 1}, for the masked softmax of `policy_softmax`.
             bias: added to the logits, for example [B, 1, 1, Tk].
         """

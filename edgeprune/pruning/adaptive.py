@@ -86,7 +86,10 @@ class Threshold(Slots):
         """Return the threshold."""
         if self.threshold is not None:
             return self.threshold
+        from torch import Tensor
+
         assert module is not None
+        assert isinstance(module.keep_threshold, Tensor)
         return float(module.keep_threshold.detach())
 
     def count(self, counts: Tensor) -> Tensor:

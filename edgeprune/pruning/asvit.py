@@ -1,7 +1,7 @@
 """AS-ViT: learned thresholds on class attention, weighted by how much each head says about a token.
 
-Source: Adaptive Sparse ViT (arXiv 2209.13802) section 3; written from the paper and a description of its code, which has
-no licence.
+Source: Adaptive Sparse ViT (arXiv 2209.13802) section 3; written from the paper and a description of its code, which
+has no licence.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ METHOD = Method(
     ),
     key_prefixes={"score_predictor.": "prune."},
     notes=(
-        "count=image is what the official code does for a single image; count=batch-mean what it does for a batch, where "
-        "an image's logits depend on its neighbours",
+        "count=image is what the official code does for a single image; count=batch-mean what it does for a batch, "
+        "where an image's logits depend on its neighbours",
         "re-derived from the paper: the official code has no licence; none of it is used",
         "scores accumulated over blocks, an option of the official code, are not built",
     ),

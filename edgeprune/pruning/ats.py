@@ -1,8 +1,8 @@
-"""ATS: tokens are sampled from the cumulative distribution of their scores, inside a block; how many is up to the image.
+"""ATS: tokens are sampled from the cumulative distribution of their scores; how many is up to the image.
 
 Source: Adaptive Token Sampling (arXiv 2111.15667) section 3 and its official code. The two differ, and both are here:
-`official` sorts the scores, stretches their sums to [0, 1] and takes one value norm per token; `paper` sums in the order
-of the tokens and takes a value norm per head.
+`official` sorts the scores, stretches their sums to [0, 1] and takes one value norm per token; `paper` sums in the
+order of the tokens and takes a value norm per head.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ METHOD = Method(
     ),
     training_keys=r"\.attn\.out_zero_mask$",
     notes=(
-        "official follows the released code (Apache-2.0) for one image with dropped tokens removed; that code also masks "
-        "its softmax with an epsilon of 1e-6 in every block, which is left out to keep the attention fusable",
+        "official follows the released code (Apache-2.0) for one image with dropped tokens removed; that code also "
+        "masks its softmax with an epsilon of 1e-6 in every block, which is left out to keep the attention fusable",
         "official with a keep rate below 1 takes fewer sample points; the released code cannot, this is our extension",
         "paper: the sample points (2i-1)/(2K) and the value norm per head are our reading of the text",
     ),

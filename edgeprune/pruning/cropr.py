@@ -1,7 +1,8 @@
 """Token Cropr: behind every block a learned query scores the tokens and R of them go; the last block sees all again.
 
-Source: Token Cropr (arXiv 2412.00965) section 3 and its official code (MIT). While training, each module also aggregates
-the tokens and solves the task on its own, behind a stop-gradient; for inference only the sum of its queries is left.
+Source: Token Cropr (arXiv 2412.00965) section 3 and its official code (MIT). While training, each module also
+aggregates the tokens and solves the task on its own, behind a stop-gradient; for inference only the sum of its queries
+is left.
 """
 
 from __future__ import annotations

@@ -184,6 +184,7 @@ def average(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
         return g.reduce("ReduceMean", pooled, 1, keepdims=False, name="pool")
     share = e.size
     if share is None:
+        assert e.valid is not None
         share = g.node("Cast", [e.valid], shape=e.valid.shape, name="share", to=1)
     if prefix_too:
         ones = g.constant(f"const.ones_{P}", np.ones((1, P), np.float32))

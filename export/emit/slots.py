@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -80,7 +80,7 @@ def emit_sampling(e: Emission, selector: CdfSampling, scores: gs.Tensor) -> gs.T
     """Return scores [B, N]: sampled tokens ranked by place, the others `NOT_KEPT`; see `CdfSampling`."""
     g, (B, N), J = e.g, (e.g.batch, scores.shape[1]), selector.k
 
-    def node(op: str, inputs: list[gs.Tensor], name: str, width: int = N, **attrs: object) -> gs.Variable:
+    def node(op: str, inputs: list[gs.Tensor], name: str, width: int = N, **attrs: Any) -> gs.Variable:
         dtype = bool if op in ("IsNaN", "Greater", "LessOrEqual", "And", "Or", "Not") else np.float32
         return g.node(op, inputs, shape=[B, width], name=name, dtype=dtype, **attrs)
 

@@ -7,7 +7,7 @@ import pytest
 from edgeprune.errors import InputError
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import METHODS, get_method
-from edgeprune.pruning.base import Reducer, Where, quarter_blocks, parse_stages
+from edgeprune.pruning.base import Reducer, Where, parse_stages, quarter_blocks
 from tests.helpers.lowering import small, stages_of
 
 DEIT = get_model_config("deit_small_patch16_224")

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from edgeprune.pruning.base import Constant
-from edgeprune.pruning.base import Context
+from edgeprune.pruning.base import Constant, Context
 from edgeprune.pruning.model import PrunedOutput, PrunedViT, Stream
 from tests.helpers import reference_pruning, reference_vit
 from tests.helpers.lowering import noise, random_model, small, stages_of
