@@ -326,6 +326,20 @@ def test_adaptive_bundle_can_be_verified(cli: Cli, adaptive_bundle: Bundle) -> N
     assert (parity["counts_agreement"], parity["kept_overlap"]) == (1, None)
 
 
+def test_adaptive_bundle_can_be_measured(cli: Cli, adaptive_bundle: Bundle) -> None:
+    result = cli("bench", adaptive_bundle.path, "--rounds", "2", "--quick", "--threads", "1")
+    assert result.code == 0, result.err
+
+
+def test_undecided_images_are_shown() -> None:
+    from edgeprune.cli.show import parity_words
+    from edgeprune.runtime.manifest import ParityInfo
+
+    figures = {"images": 8, "max_abs_error": 0, "max_rel_error": 0, "top1_agreement": 1, "tolerance": 1e-4}
+    assert parity_words(ParityInfo(**figures)).endswith("8 images")
+    assert "2 set aside" in parity_words(ParityInfo(**figures, undecided=2))
+
+
 def test_merging_says_where_the_others_went_and_no_keep_rate(cli: Cli) -> None:
     shown = cli("export", *DIGITS, "--method", "tome", "--method-option", "r=4", "--dry-run")
     assert shown.code == 0, shown.err
