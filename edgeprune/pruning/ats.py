@@ -1,4 +1,4 @@
-"""ATS: tokens are sampled from the cumulative distribution of their scores; how many is up to the image.
+"""ATS: tokens are sampled from the cumulative distribution of their scores, inside a block.
 
 Source: Adaptive Token Sampling (arXiv 2111.15667) section 3 and its official code. The two differ, and both are here:
 `official` sorts the scores, stretches their sums to [0, 1] and takes one value norm per token; `paper` sums in the

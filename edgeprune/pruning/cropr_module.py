@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeprune.models.config import ViTConfig
@@ -76,8 +75,3 @@ class CroprModule(nn.Module):
     def predict(self, tokens: Tensor) -> Tensor:
         """Return auxiliary logits [B, classes] of the whole sequence [B, T, D]; nothing flows back into the tokens."""
         return self.head(self.cross_attn.aggregate(tokens.detach())).mean(1)
-
-
-def auxiliary_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of auxiliary logits [B, classes] with the labels of the main task."""
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing)

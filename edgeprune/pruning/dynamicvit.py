@@ -45,7 +45,7 @@ class PredictorScorer(Scorer):
         from edgeprune.pruning.predictor import Predictor
 
         assert isinstance(module, Predictor)
-        logits = module.logits(context.tokens)
+        logits = module.logits(context.tokens, None if context.valid is None else context.valid.float())
         return (logits[..., 0] - logits[..., 1]).float()
 
 

@@ -28,6 +28,7 @@ class PrunedOutput:
         scores: per stage what the scorer gave, [B, N] float32 over the tokens that reached the stage; of a merging
             stage the metric [B, N, d].
         valid: per stage [B, N] bool, which of those were tokens; None when all were.
+        inputs: per stage the sequence [B, P+N, D] that reached it, when asked for.
         tokens: [B, P+N, D] output of the last block, for heads of one's own.
         ids: [B, N] int64 original patch number of every patch token in `tokens`, -1 as above.
     """
@@ -37,6 +38,7 @@ class PrunedOutput:
     counts: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     valid: list[Tensor | None] = field(default_factory=list)
+    inputs: list[Tensor] | None = None
     tokens: Tensor | None = None
     ids: Tensor | None = None
 
@@ -132,11 +134,11 @@ class PrunedViT(VisionTransformer):
         """Return logits [B, classes] of normalised images [B, C, H, W]."""
         return self.run(images).logits
 
-    def run(self, images: Tensor) -> PrunedOutput:
+    def run(self, images: Tensor, *, keep_inputs: bool = False) -> PrunedOutput:
         """Return logits and, per stage, the kept tokens and their scores."""
         x = self.embed(images)
         s = Stream(x, torch.arange(self.config.num_patches, device=x.device).expand(len(x), -1))
-        out = PrunedOutput(logits=x)
+        out = PrunedOutput(logits=x, inputs=[] if keep_inputs else None)
         at = {(stage.block, stage.where): stage for stage in self.stages}
         seen = Context(x)
         for i, block in enumerate(self.blocks):
@@ -206,6 +208,8 @@ class PrunedViT(VisionTransformer):
         seen.tokens, seen.valid = patches, s.valid
         scores = stage.scorer.score(seen, module)
         chosen = stage.selector.select(scores, s.valid, module)
+        if out.inputs is not None:
+            out.inputs.append(s.x)
         out.scores.append(scores)
         out.valid.append(s.valid)
         if stage.reducer is Reducer.MERGE:

@@ -1,7 +1,7 @@
 """ToMe: inside every block the r most alike pairs of tokens are averaged; nothing is dropped.
 
-Source: Token Merging (arXiv 2210.09461) section 3; re-derived from the paper, the official code is CC-BY-NC and not
-used.
+Source: Token Merging (arXiv 2210.09461) section 3; re-derived from the paper; the official code is CC-BY-NC
+and not used.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import platform
+import re
 import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -459,7 +460,7 @@ def build_model(job: Job) -> tuple[PrunedViT, dict[str, Any] | None]:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.request.seed)
-        model = PrunedViT(job.config, job.stages)
+        model = PrunedViT(job.config, ADAPTERS[job.method.name].model_stages(job.stages))
         if job.request.checkpoint is None:
             init_from_scratch(model)
             return model, None
@@ -530,7 +531,15 @@ def _load(model: PrunedViT, checkpoint: Checkpoint, method: Method, fresh: Seque
     """Put weights into a model that owns them; weights of stages the model lacks are left."""
     prefixes = {official: ours for m in METHODS.values() for official, ours in m.key_prefixes.items()}
     ignored = [STAGE_PREFIX, *prefixes]
-    load_into(model, checkpoint, key_prefixes=method.key_prefixes, ignore_prefixes=ignored, fresh_prefixes=fresh)
+    patterns = [m.training_keys for m in METHODS.values() if m.training_keys]
+    load_into(
+        model,
+        checkpoint,
+        key_prefixes=method.key_prefixes,
+        ignore_prefixes=ignored,
+        fresh_prefixes=fresh,
+        ignore_pattern="|".join(patterns),
+    )
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # what was loaded may map the file or belong to another model
 
@@ -540,9 +549,11 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def official_tensors(model: PrunedViT, method: Method) -> dict[str, Tensor]:
-    """Return the weights under the keys the method's official code uses."""
+    """Return the weights under the keys the method's official code uses, without those only training reads."""
     tensors = {}
     for name, tensor in model.state_dict().items():
+        if method.training_keys is not None and re.search(method.training_keys, name):
+            continue
         for official, ours in method.key_prefixes.items():
             if name.startswith(ours):
                 name = official + name.removeprefix(ours)

@@ -69,3 +69,27 @@ def token_class_distillation(student_logits: Tensor, teacher_logits: Tensor, kee
     student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     return (divergence * keep).sum() / mean_over_processes(keep.sum()).clamp(min=1)
+
+
+def budget(gmacs: Tensor, target: float) -> Tensor:
+    """Distance of the mean operations of an image from the budget, both in units of 1e9 multiply-accumulates.
+
+    Args:
+        gmacs: scalar, mean over this process's images, with gradient.
+        target: what an image should cost.
+
+    Source: AS-ViT (arXiv 2209.13802) section 3.3; as in the official code not normalised.
+    """
+    return (mean_over_processes(gmacs) - target).abs()
+
+
+def score_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL divergence of the student's token scores from the teacher's attention, both distributions over patches.
+
+    Args:
+        student: [B, N], sum 1.
+        teacher: [B, N], sum 1, without gradient.
+
+    Source: SaiT (arXiv 2210.05832), token distillation; KL(teacher || student) is our reading.
+    """
+    return F.kl_div(student.clamp(min=1e-12).log(), teacher, reduction="batchmean")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ import torch
 from edgeprune.models.config import ViTConfig
 from edgeprune.models.vit import policy_softmax
 from edgeprune.pruning import get_method
-from edgeprune.pruning.base import Stage, StageRequest
+from edgeprune.pruning.base import Context, Stage, StageRequest
 from edgeprune.pruning.model import PrunedViT
-from edgeprune.pruning.ops import rank_tokens
+from edgeprune.pruning.predictor import Predictor
 from edgeprune.training.adapters import Batch
-from edgeprune.training.masking import gumbel_decision, masked_forward
+from edgeprune.training.masking import gumbel_decision, masked_forward, selected, threshold_decision
+from tests.helpers.lowering import noise, random_model, small, stages_of
 from tests.helpers.reference_vit import LVVIT, randomize, tiny, tiny_lvvit
 
 KINDS = {
@@ -40,18 +42,9 @@ def uniform(count: int) -> Callable[..., torch.Tensor]:
     return Batch(torch.zeros(count, 1), torch.zeros(count), 0.0).uniform
 
 
-def best(kept_before: list[torch.Tensor]) -> object:
-    """Return a choice that keeps what inference would: the best of the tokens that are left."""
-
-    def decide(stage: Stage, logits: torch.Tensor) -> torch.Tensor:
-        scores = logits[..., 0] - logits[..., 1]
-        if kept_before:
-            scores = scores.masked_fill(kept_before[-1] == 0, -torch.inf)
-        keep = torch.zeros_like(scores).scatter(1, rank_tokens(scores)[:, : stage.counts.kept], 1.0)
-        kept_before.append(keep)
-        return keep
-
-    return decide
+def nothing(stage: Stage, seen: Context, module: object, keep: torch.Tensor) -> torch.Tensor:
+    """Drop every token."""
+    return keep * 0
 
 
 def test_policy_softmax_equals_softmax_over_the_kept_tokens() -> None:
@@ -71,7 +64,7 @@ def test_masking_equals_gathering_when_the_choices_are_the_same(kind: str) -> No
     assert len(model.stages) == 3
     with torch.no_grad():
         gathered = model.run(images(config))
-        masked = masked_forward(model, images(config), best([]))
+        masked = masked_forward(model, images(config), selected)
     assert (gathered.logits - masked.logits).abs().max() < 1e-5 * gathered.logits.abs().max()
     for kept, decision in zip(gathered.kept, masked.decisions, strict=True):
         assert torch.equal(kept.sort(1).values, decision.nonzero()[:, 1].reshape(kept.shape))
@@ -108,14 +101,7 @@ def test_prefix_is_never_scored_nor_masked(kind: str, monkeypatch: pytest.Monkey
             return forward(x, policy)  # type: ignore[operator]
 
         monkeypatch.setattr(block, "forward", watch)
-    seen = []
-
-    def drop_all(stage: Stage, logits: torch.Tensor) -> torch.Tensor:
-        seen.append(logits.shape)
-        return logits[..., 0] * 0
-
-    masked_forward(model, images(config), drop_all)
-    assert set(seen) == {(3, 16, 2)}
+    masked_forward(model, images(config), nothing)
     assert policies[0] is None
     for policy in policies[model.stages[0].block :]:
         assert torch.equal(policy[:, :P], torch.ones(3, P))
@@ -125,14 +111,14 @@ def test_prefix_is_never_scored_nor_masked(kind: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_dropped_stays_finite(kind: str) -> None:
     model = dynamicvit(tiny(depth=6, **KINDS[kind]))
-    out = masked_forward(model, images(model.config), lambda stage, logits: logits[..., 0] * 0)
+    out = masked_forward(model, images(model.config), nothing)
     assert out.logits.isfinite().all()
 
 
 def test_aux_head_scores_every_token_and_the_best_kept_one_counts() -> None:
     model = dynamicvit(tiny_lvvit(depth=6))
     with torch.no_grad():
-        out = masked_forward(model, images(model.config), best([]))
+        out = masked_forward(model, images(model.config), selected)
     assert out.token_logits is not None
     assert out.token_logits.shape == (3, 16, 5)
     kept = [out.token_logits[b][out.decisions[-1][b] > 0].amax(0) for b in range(3)]
@@ -140,16 +126,80 @@ def test_aux_head_scores_every_token_and_the_best_kept_one_counts() -> None:
 
 
 def test_without_aux_head_the_losses_read_the_logits() -> None:
-    out = masked_forward(dynamicvit(tiny(depth=6)), images(tiny()))
+    out = masked_forward(dynamicvit(tiny(depth=6)), images(tiny()), selected)
     assert out.class_logits is out.logits
     assert out.token_logits is None
 
 
-def test_gumbel_decision_draws_by_the_probabilities() -> None:
+def test_gumbel_decision_draws_by_the_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor([0.8, 0.2]).log().expand(200, 100, 2)
-    decision = gumbel_decision(uniform(200))(SimpleNamespace(index=0), logits)  # type: ignore[arg-type]
+    predictor = Predictor(8)
+    monkeypatch.setattr(predictor, "logits", lambda tokens, keep: logits)
+    seen, keep = Context(torch.zeros(200, 100, 8)), torch.ones(200, 100)
+    decision = gumbel_decision(uniform(200))(SimpleNamespace(index=0), seen, predictor, keep)  # type: ignore[arg-type]
     assert ((decision - decision.round()).abs() < 1e-6).all()
     assert decision.mean().item() == pytest.approx(0.8, abs=0.01)
+
+
+ADAPTIVE = [
+    ("ats", {}),
+    ("ats", {"variant": "paper"}),
+    ("asvit", {}),
+    ("sait", {}),
+    ("sait", {"select": "value"}),
+    ("sait", {"select": "topk"}),
+    ("sait", {"tis": "colmean"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), ADAPTIVE)
+@pytest.mark.parametrize("fields", [{}, {"distilled": True}, {"reg_tokens": 4}, {"image_size": (40, 24)}], ids=str)
+def test_masking_equals_gathering_for_methods_that_read_attention(
+    name: str, options: dict[str, str], fields: dict[str, Any]
+) -> None:
+    config = small(depth=5, **fields)
+    rate = 0.7 if "paper" in options.values() or "topk" in options.values() else 1.0
+    model = random_model(config, stages_of(config, name, rate, **options))
+    for key, parameter in model.named_parameters():
+        if key.endswith("keep_threshold"):
+            parameter.data.fill_(0.05)
+    x = torch.from_numpy(noise(config, 4))
+    with torch.no_grad():
+        gathered, masked = model.run(x), masked_forward(model, x, selected)
+    assert (gathered.logits - masked.logits).abs().max() < 1e-5
+    for count, keep in zip(gathered.counts, masked.decisions, strict=True):
+        assert torch.equal(count, keep.sum(1).long())
+
+
+def test_threshold_decision_is_hard_forward_and_a_sigmoid_backward() -> None:
+    config = small(depth=5)
+    model = random_model(config, stages_of(config, "asvit", 1.0, "2"))
+    (stage,) = model.stages
+    module = model.scorer_module(stage)
+    attention = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    outputs = torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(1))
+    seen = Context(outputs, class_attention=attention, context=outputs)
+    module.keep_threshold.data.fill_(0.5)
+    keep = threshold_decision(0.1)(stage, seen, module, torch.ones(3, 16))
+    scores = stage.scorer.score(seen, module)
+    assert torch.equal(keep > 0.5, scores > 0.5)
+    keep.sum().backward()
+    soft = ((scores - 0.5) / 0.1).sigmoid()
+    slope = (soft * (1 - soft) / 0.1).detach()
+    assert module.keep_threshold.grad.item() == pytest.approx(-slope.sum().item(), rel=1e-4)
+    assert attention.grad is not None and (attention.grad != 0).all()
+
+
+def test_threshold_training_masks_as_inference_gathers() -> None:
+    config = small(depth=5)
+    model = random_model(config, stages_of(config, "asvit", 1.0))
+    for s, module in enumerate(model.prune.values()):
+        module.keep_threshold.data.fill_(0.04 + 0.02 * s)
+    x = torch.from_numpy(noise(config, 6))
+    with torch.no_grad():
+        gathered, masked = model.run(x), masked_forward(model, x, threshold_decision(1e-4))
+    assert len(set(gathered.counts[-1].tolist())) > 1
+    assert (gathered.logits - masked.logits).abs().max() < 1e-5
 
 
 def test_gradient_reaches_every_predictor_through_the_attention() -> None:

@@ -8,11 +8,22 @@ import torch
 
 from edgeprune.models.config import ViTConfig
 from edgeprune.models.macs import dense_macs
+from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import METHODS, get_method
 from edgeprune.pruning.base import StageRequest
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.training import losses
-from edgeprune.training.adapters import ADAPTERS, Batch, RandomGather, Setup, closed_share, gmacs, with_stages
+from edgeprune.training.adapters import (
+    ADAPTERS,
+    Batch,
+    RandomGather,
+    Setup,
+    closed_share,
+    gmacs,
+    last_class_attention,
+    reference_gmacs,
+    with_stages,
+)
 from edgeprune.training.masking import gumbel_decision, masked_forward
 from edgeprune.training.recipes import DIGITS_RECIPES, FOLDER_RECIPES, PRESETS, Recipe
 from tests.helpers.reference_vit import randomize, tiny, tiny_lvvit
@@ -21,14 +32,19 @@ RECIPE = Recipe(source="test", epochs=1, batch_size=4, lr=1e-3, label_smoothing=
 CONFIG = tiny(depth=6)
 
 
+OWN_COUNTS = {"cropr": {"tokens_per_block": "2"}, "tome": {"r": "2"}}
+
+
 def setup(
     name: str, keep_rate: float = 0.6, recipe: Recipe = RECIPE, config: ViTConfig = CONFIG, **options: Any
 ) -> tuple[Setup, PrunedViT]:
+    """Return a method's setup and a model with the parts only training reads."""
     method = get_method(name)
-    where, values = StageRequest(keep_rate), method.parse_options(options)
+    where = StageRequest(1.0 if name in OWN_COUNTS else keep_rate)
+    values = method.parse_options({**OWN_COUNTS.get(name, {}), **options})
+    stages = ADAPTERS[name].model_stages(method.stages(config, where, values))
     teacher = randomize(PrunedViT(config), seed=7)
-    model = randomize(PrunedViT(config, method.stages(config, where, values)))
-    return Setup(config, method, where, values, recipe, teacher), model
+    return Setup(config, method, where, values, recipe, teacher), randomize(PrunedViT(config, stages))
 
 
 def batch(epoch: float = 0.0) -> Batch:
@@ -136,12 +152,11 @@ def test_dynamicvit_adds_up_its_four_losses() -> None:
 
 def test_dynamicvit_with_an_aux_head_reads_cls_and_tokens_apart() -> None:
     made, model = setup("dynamicvit", config=tiny_lvvit(depth=6))
-    torch.manual_seed(5)
-    parts = ADAPTERS["dynamicvit"](made).losses(model, batch())
-    torch.manual_seed(5)
+    parts = ADAPTERS["dynamicvit"](made).losses(model, batch()).losses
     with torch.no_grad():
         assert made.teacher is not None
-        out, dense = masked_forward(model, batch().images), masked_forward(made.teacher, batch().images)
+        out = masked_forward(model, batch().images, gumbel_decision(batch().uniform))
+        dense = masked_forward(made.teacher, batch().images)
     assert out.token_logits is not None and dense.token_logits is not None
     keep = out.decisions[-1]
     expected = {
@@ -197,3 +212,79 @@ def test_operations_of_a_dense_model_are_the_formulas() -> None:
     result = ADAPTERS["evit"](made).losses(model, batch())
     assert result.macs is not None and result.macs < dense_macs(CONFIG) / 1e9
     assert result.kept == model.stages[-1].counts.tokens_out
+
+
+def test_cropr_adds_a_loss_per_module_and_stops_its_gradient() -> None:
+    recipe = replace(RECIPE, aux_weight=0.5)
+    made, model = setup("cropr", recipe=recipe)
+    result = ADAPTERS["cropr"](made).losses(model, batch())
+    out = model.run(batch().images, keep_inputs=True)
+    assert out.inputs is not None and [x.shape[1] for x in out.inputs] == [17, 14, 12, 10]
+    expected = sum(
+        losses.classification(model.scorer_module(s).predict(x), batch().labels)
+        for s, x in zip(model.stages, out.inputs, strict=True)
+    )
+    assert result.losses["auxiliary"].item() == pytest.approx(0.5 * expected.item(), rel=1e-5)
+    result.losses["auxiliary"].backward(retain_graph=True)
+    assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("prune."))
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.startswith("prune."))
+    model.zero_grad(set_to_none=True)
+    result.losses["classification"].backward()
+    assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("prune."))
+
+
+def test_cropr_may_remove_more_and_more() -> None:
+    made, _ = setup("cropr", recipe=replace(RECIPE, epochs=4, keep_warmup=(0.0, 2.0)))
+    adapter = ADAPTERS["cropr"](made)
+    assert [adapter.stages(e)[1].counts.kept if len(adapter.stages(e)) > 1 else 15 for e in (0, 1, 2, 3)] == [
+        15, 13, 11, 11,
+    ]  # fmt: skip
+
+
+def test_sait_takes_turns_between_dense_and_sparse_epochs() -> None:
+    made, model = setup("sait", 1.0, mass="0.5")
+    adapter = ADAPTERS["sait"](made)
+    odd, even = adapter.losses(model, batch(0.5)), adapter.losses(model, batch(1.5))
+    dense = with_stages(model, ())(batch().images)
+    torch.testing.assert_close(odd.logits, dense, rtol=0, atol=1e-5)
+    torch.testing.assert_close(even.logits, model(batch().images), rtol=0, atol=1e-6)
+    assert float(odd.kept) == 16 and float(even.kept) < 16
+    assert {"classification", "distillation", "attention"} == set(odd.losses)
+    assert odd.losses["attention"].item() == pytest.approx(even.losses["attention"].item(), rel=1e-4)
+
+
+def test_sait_draws_scores_to_the_teachers_attention() -> None:
+    made, model = setup("sait", 1.0)
+    result = ADAPTERS["sait"](made).losses(model, batch())
+    teacher = made.teacher
+    assert teacher is not None
+    wanted, logits = last_class_attention(teacher, batch().images)
+    torch.testing.assert_close(logits, teacher(batch().images))
+    torch.testing.assert_close(wanted.sum(1), torch.ones(4))
+    scores = model.run(batch().images).scores[0]
+    expected = (wanted * (wanted.log() - scores.log())).sum(1).mean()
+    assert result.losses["attention"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_asvit_budget_is_of_blocks_and_embedding() -> None:
+    assert reference_gmacs(get_model_config("deit_small_patch16_224")) == pytest.approx(4.573643, abs=1e-6)
+    recipe = replace(RECIPE, budget=0.5, budget_weight=3.0, threshold_temperature=1e-2)
+    made, model = setup("asvit", 1.0, recipe)
+    for module in model.prune.values():
+        module.keep_threshold.data.fill_(0.05)
+    result = ADAPTERS["asvit"](made).losses(model, batch())
+    head = CONFIG.num_classes * CONFIG.embed_dim / 1e9
+    expected = 3 * abs(float(result.macs) - head - 0.5 * reference_gmacs(CONFIG))
+    assert result.losses["budget"].item() == pytest.approx(expected, rel=1e-4)
+    torch.stack(list(result.losses.values())).sum().backward()
+    assert all(module.keep_threshold.grad.item() != 0 for module in model.prune.values())
+
+
+def test_ats_and_tome_train_what_inference_runs() -> None:
+    for name in ("ats", "tome"):
+        made, model = setup(name, 1.0)
+        result = ADAPTERS[name](made).losses(model, batch())
+        expected = losses.classification(model(batch().images), batch().labels)
+        assert result.losses["classification"].item() == expected.item()
+        result.losses["classification"].backward()
+        assert model.blocks[0].attn.qkv.weight.grad.isfinite().all()
