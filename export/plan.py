@@ -13,6 +13,7 @@ from enum import Enum
 from edgeprune.models.config import ViTConfig
 from edgeprune.models.macs import embed_macs, head_macs
 from edgeprune.pruning.base import Needs, Reducer, Stage, Where
+from edgeprune.pruning.counts import StageCounts
 
 
 class Rows(str, Enum):
@@ -154,6 +155,22 @@ def build_plan(
         tokens = after
     steps.append(Head(tokens))
     return Plan(config, tuple(steps), batch, token_outputs)
+
+
+def macs_at(config: ViTConfig, stages: Sequence[Stage], counts: Sequence[int]) -> int:
+    """Return the multiply-accumulates of an image that keeps so many tokens, as the literature counts them.
+
+    Args:
+        config: the backbone.
+        stages: in execution order; none of them fuses, stashes or merges.
+        counts: tokens the image keeps per stage; those that exceed a stage's slots are not computed.
+    """
+    own, tokens = [], config.num_patches
+    for stage, count in zip(stages, counts, strict=True):
+        kept = min(count, stage.counts.kept, tokens)
+        own.append(replace(stage, counts=StageCounts(tokens, kept)))
+        tokens = kept
+    return build_plan(config, own).macs()
 
 
 def rows_count(config: ViTConfig, block: Block, rows: Rows) -> int:

@@ -12,7 +12,6 @@ from edgeprune.cli.common import verb
 from edgeprune.cli.show import files_words, plan_summary, stage_rows, summary
 from edgeprune.cli.ui import Ui, pairs
 from edgeprune.errors import InputError
-from edgeprune.pruning import get_method
 from edgeprune.runtime.manifest import StageInfo
 
 
@@ -119,22 +118,14 @@ def _request(
         "model_options": parse.model_options(model_option),
         "labels": None if labels is None else parse.read_labels(labels),
     }
-    found = get_method(method)
-    needs_rate = found.rule is not None and not found.adaptive(found.parse_options(settings["method_options"]))
-    if keep_rate is None and needs_rate and method != "dense" and ":" not in (stages or ""):
-        raise InputError(
-            f"no keep rate for method '{method}'",
-            code="keep-rate",
-            expected="--keep-rate, the share of tokens that stays, or a rate for every stage",
-            hint="add --keep-rate 0.7, or --stages 3:0.7,6:0.5,9:0.35",
-        )
+    rate = parse.keep_rate(keep_rate, method, settings["method_options"], stages)
     from edgeprune.export import ExportRequest
 
     return ExportRequest(
         **fields,
         **settings,
         method=method,
-        keep_rate=1.0 if keep_rate is None else keep_rate,
+        keep_rate=rate,
         stages=stages,
         checkpoint=checkpoint,
         random_weights=random_weights,

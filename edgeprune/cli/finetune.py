@@ -10,6 +10,7 @@ import click
 from edgeprune.cli import parse
 from edgeprune.cli.common import verb
 from edgeprune.cli.ui import Ui, pairs, table
+from edgeprune.pruning import get_method
 
 
 def list_recipes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -33,7 +34,7 @@ def list_recipes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 )
 @click.option("-m", "--model", required=True, metavar="NAME", help="A name `edgeprune models` lists.")
 @click.option("--method", default="dense", show_default=True, metavar="NAME", help="See `edgeprune methods`.")
-@click.option("--keep-rate", type=float, default=1.0, metavar="SHARE", help="Share of tokens that stays, above 0 to 1.")
+@click.option("--keep-rate", type=float, metavar="SHARE", help="Share of tokens that stays, above 0 to 1.")
 @click.option("--stages", metavar="LIST", help="Blocks, 3,6,9, or with a rate each, 3:0.7,6:0.5,9:0.35.")
 @click.option("--method-option", multiple=True, metavar="KEY=VALUE", help="Setting of the method; repeatable.")
 @click.option("--data", default="digits", show_default=True, metavar="DATA", help="digits, or imagefolder:PATH.")
@@ -61,17 +62,25 @@ def list_recipes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .safetensors file."
 )
 def command(
-    ui: Ui, output: Path, method_option: tuple[str, ...], recipe_option: tuple[str, ...], **options: Any
+    ui: Ui,
+    output: Path,
+    keep_rate: float | None,
+    method_option: tuple[str, ...],
+    recipe_option: tuple[str, ...],
+    **options: Any,
 ) -> dict[str, Any] | None:
     """Train, then print the accuracy."""
     settings = parse.key_values(method_option, "--method-option")
+    rate = parse.keep_rate(keep_rate, options["method"], settings, options["stages"])
     recipe_options = parse.key_values(recipe_option, "--recipe-option")
     from edgeprune.training.distributed import is_main_process
     from edgeprune.training.finetune import FinetuneRequest, finetune
 
     if not is_main_process():  # of several processes one speaks; errors come from all
         ui.quiet, ui.json = True, False
-    request = FinetuneRequest(out=output, method_options=settings, recipe_options=recipe_options, **options)
+    request = FinetuneRequest(
+        out=output, keep_rate=rate, method_options=settings, recipe_options=recipe_options, **options
+    )
     with ui.steps() as report:
         result = finetune(request, report)
     if not is_main_process():
@@ -90,7 +99,7 @@ def command(
             ]
         )
     )
-    ui.note(f"\nnext: {_export_command(result.path, settings, result.record, options)}")
+    ui.note(f"\nnext: {_export_command(result.path, keep_rate, settings, result.record, options)}")
     return {"weights": str(result.path), "record": result.record}
 
 
@@ -100,11 +109,15 @@ def _averaged(record: dict[str, Any]) -> str | None:
     return ema and f"{100 * ema['top1']:.2f} % top-1, {ema['file']}"
 
 
-def _export_command(path: Path, settings: dict[str, str], record: dict[str, Any], options: dict[str, Any]) -> str:
+def _export_command(
+    path: Path, keep_rate: float | None, settings: dict[str, str], record: dict[str, Any], options: dict[str, Any]
+) -> str:
     """Return the command that exports what was trained."""
     words = [f"edgeprune export -m {options['model']} --num-classes {record['num_classes']}"]
     if options["method"] != "dense":
-        words.append(f"--method {options['method']} --keep-rate {options['keep_rate']:g}")
+        words.append(f"--method {options['method']}")
+        if keep_rate is not None and get_method(options["method"]).rule is not None:
+            words.append(f"--keep-rate {keep_rate:g}")
     if options["stages"]:
         words.append(f"--stages {options['stages']}")
     words += [f"--method-option {key}={value}" for key, value in settings.items()]

@@ -55,6 +55,7 @@ def command(ui: Ui, bundle: Path) -> dict[str, Any]:
                 ("mean, std", f"{_numbers(p.mean)}; {_numbers(p.std)}"),
                 ("labels", None if manifest.labels is None else len(manifest.labels)),
                 ("made by", f"{manifest.tool} {manifest.tool_version}, {manifest.created}"),
+                ("notes", "\n".join(manifest.method.notes) or None),
                 ("warnings", "; ".join(manifest.warnings) or None),
                 ("hashes", "all files as the manifest lists them"),
             ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -13,6 +13,8 @@ import click
 
 from edgeprune.errors import InputError
 from edgeprune.models.config import ViTConfig
+from edgeprune.pruning import get_method
+from edgeprune.pruning.base import RateUse
 
 _OWN_OPTIONS = {"image_size": "--image-size", "patch_size": "--patch-size", "num_classes": "--num-classes"}
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -137,3 +139,21 @@ def read_labels(path: Path) -> list[str]:
 def plural(count: int, noun: str) -> str:
     """Return "1 image", "2 images"."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def keep_rate(rate: float | None, method: str, settings: Mapping[str, str], stages: str | None) -> float:
+    """Return the value of --keep-rate; 1 where it is left out and need not be given.
+
+    Raises:
+        InputError: `keep-rate` when the method needs one; `method-unknown`, `method-option`.
+    """
+    found = get_method(method)
+    use = found.rate_use(found.parse_options(settings))
+    if rate is None and use is RateUse.REQUIRED and method != "dense" and ":" not in (stages or ""):
+        raise InputError(
+            f"no keep rate for method '{method}'",
+            code="keep-rate",
+            expected="--keep-rate, the share of tokens that stays, or a rate for every stage",
+            hint="add --keep-rate 0.7, or --stages 3:0.7,6:0.5,9:0.35",
+        )
+    return 1.0 if rate is None else rate

@@ -8,9 +8,17 @@ from typing import Any
 from rich.table import Table
 
 from edgeprune.cli.ui import table
-from edgeprune.pruning.base import Where
+from edgeprune.pruning import METHODS
+from edgeprune.pruning.base import RateUse, Reducer, Where
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.manifest import Macs, Manifest, ParityInfo, StageInfo
+
+OTHERS = {
+    Reducer.DROP.value: "dropped",
+    Reducer.FUSE.value: "fused into one",
+    Reducer.STASH.value: "back in the last block",
+    Reducer.MERGE.value: "merged into kept ones",
+}
 
 
 def summary(bundle: Bundle) -> list[tuple[str, Any]]:
@@ -23,7 +31,7 @@ def summary(bundle: Bundle) -> list[tuple[str, Any]]:
         ("method", method_words(m)),
         ("target", f"{m.target} ({m.precision}), opset {m.opset}, batch {batch_words(m.batch)}"),
         ("graph", f"{m.lowering}, selection {m.selection}, dead rows {'left out' if m.dead_rows else 'computed'}"),
-        ("MACs", None if m.macs is None else macs_words(m.macs)),
+        ("MACs", None if m.macs is None else macs_words(m.macs, m.method.stages)),
         ("parity", None if m.parity is None else parity_words(m.parity)),
     ]
 
@@ -35,20 +43,23 @@ def plan_summary(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("model", plan["model"]),
         ("method", plan["method"] + options),
         ("target", f"{plan['target']}, opset {plan['opset']}, batch {batch_words(plan['batch'])}"),
-        ("MACs", macs_words(Macs(**plan["macs"]))),
+        ("MACs", macs_words(Macs(**plan["macs"]), [StageInfo(**stage) for stage in plan["stages"]])),
         ("steps", "\n".join(plan["steps"])),
         ("files", ", ".join(plan["files"])),
     ]
 
 
 def stage_rows(stages: Sequence[StageInfo]) -> Table:
-    """Return the token counts per stage."""
-    shown = table("stage", "place", ">patch tokens in", ">kept", ">fused", ">kept of all (%)")
+    """Return the token counts per stage; of an adaptive one the slots."""
+    shown = table("stage", "place", ">patch tokens in", ">kept", ">fused", ">kept of all (%)", "the others")
     for stage in stages:
         place = "in front of block" if stage.where == Where.PRE_BLOCK.value else "inside block"
-        share = f"{100 * stage.kept / stages[0].tokens_in:.1f}"
-        counts = (str(stage.tokens_in), str(stage.kept), str(stage.fused))
-        shown.add_row(str(stage.index), f"{place} {stage.block}", *counts, share)
+        most = "up to " if stage.adaptive else ""
+        share = f"{most}{100 * stage.kept / stages[0].tokens_in:.1f}"
+        counts = (str(stage.tokens_in), f"{most}{stage.kept}", str(stage.fused))
+        shown.add_row(
+            str(stage.index), f"{place} {stage.block}", *counts, share, OTHERS.get(stage.reducer, stage.reducer)
+        )
     return shown
 
 
@@ -65,16 +76,21 @@ def method_words(manifest: Manifest) -> str:
     """Return the method with its settings."""
     method = manifest.method
     options = "".join(f", {key}={str(value).lower()}" for key, value in method.options.items())
-    rate = f", keep rate {method.keep_rate:g}" if method.stages else ""
-    return f"{method.name}{rate}{options}"
+    known = METHODS.get(method.name)
+    use = RateUse.REQUIRED if known is None else known.rate_use(method.options)
+    rate = f", keep rate {method.keep_rate:g}" if method.stages and use is not RateUse.NONE else ""
+    slots = " (limits the slots)" if rate and use is RateUse.SLOTS else ""
+    return f"{method.name}{rate}{slots}{options}"
 
 
-def macs_words(macs: Macs) -> str:
-    """Return the multiply-accumulates of one image, dense and pruned."""
-    if macs.dense == macs.pruned:
+def macs_words(macs: Macs, stages: Sequence[StageInfo] = ()) -> str:
+    """Return the multiply-accumulates of one image, dense and pruned; of adaptive stages with every slot in use."""
+    slots = "with every slot in use, " if any(stage.adaptive for stage in stages) else ""
+    if macs.dense == macs.pruned and macs.dense_executed == macs.pruned_executed:
         return f"{macs.dense / 1e9:.3f} G; the graph computes {macs.dense_executed / 1e9:.3f} G"
     return (
-        f"{macs.dense / 1e9:.3f} G dense, {macs.pruned / 1e9:.3f} G pruned ({macs.dense / macs.pruned:.2f}x less); "
+        f"{macs.dense / 1e9:.3f} G dense, {macs.pruned / 1e9:.3f} G pruned "
+        f"({slots}{macs.dense / macs.pruned:.2f}x less); "
         f"the graphs compute {macs.dense_executed / 1e9:.3f} G and {macs.pruned_executed / 1e9:.3f} G"
     )
 

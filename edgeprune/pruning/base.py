@@ -159,6 +159,14 @@ class Constant(Selector):
         return Selection(positions, scores.new_full((len(scores),), len(self.indices)).long())
 
 
+class RateUse(str, Enum):
+    """What a keep rate means to a method."""
+
+    REQUIRED = "required"  # it says how many tokens stay
+    SLOTS = "limits slots"  # optional; the image decides, up to that many
+    NONE = "not taken"  # the method's options say how many tokens go, or nothing does
+
+
 class Reducer(str, Enum):
     """What becomes of the tokens that are not selected."""
 
@@ -311,6 +319,12 @@ class Method:
                 )
             values[name] = known[name].parse(value, self.name) if isinstance(value, str) else value
         return values
+
+    def rate_use(self, options: Mapping[str, Any]) -> RateUse:
+        """Return what a keep rate means with these options, defaults filled in."""
+        if self.rule is None:
+            return RateUse.NONE
+        return RateUse.SLOTS if self.adaptive(options) else RateUse.REQUIRED
 
     def blocks(self, config: ViTConfig, request: StageRequest, options: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the places of the stages: those of the request, or the method's own.

@@ -31,6 +31,16 @@ def test_methods_lists_options_with_defaults(cli: Cli) -> None:
     assert "fuse=true" in cli("methods").out
 
 
+def test_methods_says_what_a_keep_rate_means_and_shows_the_notes(cli: Cli) -> None:
+    rows = {row["name"]: row for row in cli("methods", "--json").json["results"]}
+    uses = {name: row["keep_rate"] for name, row in rows.items()}
+    assert {name for name, use in uses.items() if use == "not taken"} == {"dense", "cropr", "tome"}
+    assert {name for name, use in uses.items() if use == "limits slots"} == {"ats", "asvit", "sait"}
+    assert {name for name, use in uses.items() if use == "required"} == {"dynamicvit", "evit", "random"}
+    assert rows["tome"]["notes"] == list(METHODS["tome"].notes)
+    assert METHODS["tome"].notes[0] in " ".join(cli("methods").out.split())
+
+
 def test_targets_lists_reasons(cli: Cli) -> None:
     rows = {row["name"]: row for row in cli("targets", "--json").json["results"]}
     assert rows["ort-cpu"]["available"]
@@ -270,6 +280,82 @@ def test_evaluate_refuses_unknown_data(cli: Cli, digits_bundle: Bundle) -> None:
     assert cli("evaluate", digits_bundle.path, "--data", "cifar", "--json").json["error"]["code"] == "data-unknown"
 
 
+@pytest.fixture(scope="session")
+def adaptive_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Return a bundle whose images keep different numbers of tokens, some more than there are slots."""
+    import torch
+
+    from edgeprune.export import ExportRequest, export_model
+
+    torch.set_num_threads(1)
+    request = ExportRequest(
+        model="vit_digits",
+        method="sait",
+        keep_rate=0.6,
+        method_options={"select": "value", "value": "0.9"},
+        random_weights=True,
+    )
+    return export_model(request, tmp_path_factory.mktemp("adaptive") / "bundle")
+
+
+def test_evaluate_shows_what_images_keep_and_cost(cli: Cli, adaptive_bundle: Bundle) -> None:
+    command = ("evaluate", adaptive_bundle.path, "--data", "digits", "--limit", "40")
+    found = cli(*command, "--json")
+    model, dense = (found.json["results"]["graphs"][name] for name in ("model", "dense"))
+    assert 0 < model["overflow"] < 40
+    assert "more tokens than the bundle has slots" in found.json["warnings"][0]
+    assert (dense["kept"], dense["overflow"], dense["mean_macs"]) == (None, 0, None)
+    (kept,) = model["kept"]
+    assert 30 < kept < 64
+    assert 0.5 * model["macs"] < model["mean_macs"] < model["macs"] < dense["macs"]
+    shown = cli(*command).out.splitlines()
+    assert all(word in shown[0] for word in ("all slots", "on average", "tokens kept", "overflowed"))
+    assert f"{kept:.1f}" in shown[2]
+
+
+def test_adaptive_stages_are_shown_as_slots_with_the_notes(cli: Cli, adaptive_bundle: Bundle) -> None:
+    shown = cli("inspect", adaptive_bundle.path).out
+    assert "up to 38" in shown
+    assert "keep rate 0.6 (limits the slots)" in shown
+    assert "with every slot in use" in shown
+    assert METHODS["sait"].notes[0] in " ".join(shown.split())
+
+
+def test_adaptive_bundle_can_be_verified(cli: Cli, adaptive_bundle: Bundle) -> None:
+    parity = cli("verify", adaptive_bundle.path, "--json").json["results"]["parity"]
+    assert (parity["counts_agreement"], parity["kept_overlap"]) == (1, None)
+
+
+def test_adaptive_bundle_can_be_measured(cli: Cli, adaptive_bundle: Bundle) -> None:
+    result = cli("bench", adaptive_bundle.path, "--rounds", "2", "--quick", "--threads", "1")
+    assert result.code == 0, result.err
+
+
+def test_undecided_images_are_shown() -> None:
+    from edgeprune.cli.show import parity_words
+    from edgeprune.runtime.manifest import ParityInfo
+
+    figures = {"images": 8, "max_abs_error": 0, "max_rel_error": 0, "top1_agreement": 1, "tolerance": 1e-4}
+    assert parity_words(ParityInfo(**figures)).endswith("8 images")
+    assert "2 set aside" in parity_words(ParityInfo(**figures, undecided=2))
+
+
+def test_merging_says_where_the_others_went_and_no_keep_rate(cli: Cli) -> None:
+    shown = cli("export", *DIGITS, "--method", "tome", "--method-option", "r=4", "--dry-run")
+    assert shown.code == 0, shown.err
+    assert "merged into kept ones" in shown.out
+    assert "up to" not in shown.out
+
+
+def test_counts_over_a_batch_are_warned_of(cli: Cli, tmp_path: Path) -> None:
+    command = ("export", *DIGITS, "--method", "asvit", "--method-option", "count=batch-mean")
+    batch = cli(*command, "--batch", "1:4", "-o", tmp_path / "batch")
+    assert batch.code == 0, batch.err
+    assert "an image's logits depend on its batch" in batch.err
+    assert "depend on its batch" in load_bundle(tmp_path / "batch").manifest.warnings[0]
+    assert load_bundle(tmp_path / "batch").manifest.parity.counts_agreement == 1
+
+
 # ------------------------------------------------------------------------------------------------ finetune
 
 
@@ -315,6 +401,48 @@ def test_finetune_passes_every_option_on_and_says_what_is_next(
         "edgeprune export -m vit_digits --num-classes 10 --method evit --keep-rate 0.7 --stages 1,3 "
         f"--method-option fuse=false --checkpoint {out} -o" in result.err
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "shown"),
+    [
+        ("tome", (), "--method tome --checkpoint"),
+        ("sait", (), "--method sait --checkpoint"),
+        ("sait", ("--keep-rate", "0.5"), "--method sait --keep-rate 0.5 --checkpoint"),
+        ("evit", ("--stages", "2:0.5"), "--method evit --stages 2:0.5 --checkpoint"),
+    ],
+)
+def test_finetune_asks_for_a_keep_rate_only_where_it_means_something(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: tuple[str, ...], shown: str
+) -> None:
+    from edgeprune.training import finetune as module
+
+    def train(request: module.FinetuneRequest, progress: Any) -> module.FinetuneResult:
+        return module.FinetuneResult(request.out, tmp_path / "x.json", 0.9, 0.5, 12.0, {"num_classes": 10})
+
+    monkeypatch.setattr(module, "finetune", train)
+    result = cli("finetune", "-m", "vit_digits", "--method", method, *options, "-o", tmp_path / "x.safetensors")
+    assert result.code == 0, result.err
+    assert shown in result.err
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("evit", (), "no keep rate"),
+        ("sait", ("--method-option", "select=topk"), "no keep rate"),
+        ("tome", ("--keep-rate", "0.5"), "takes no keep rate"),
+        ("cropr", ("--stages", "1:0.5"), "takes no keep rate"),
+        ("ats", ("--keep-rate", "1.5"), "out of range"),
+    ],
+)
+def test_finetune_refuses_a_wrong_keep_rate(
+    cli: Cli, tmp_path: Path, method: str, options: tuple[str, ...], words: str
+) -> None:
+    command = ("finetune", "-m", "vit_digits", "--json", "--method", method, *options)
+    error = cli(*command, "-o", tmp_path / "x.safetensors").json["error"]
+    assert error["code"] == "keep-rate"
+    assert words in error["message"]
 
 
 def test_finetune_refuses_before_it_trains(cli: Cli, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from edgeprune.checks.accuracy import evaluate, match_classes, rank_of
 from edgeprune.errors import InputError
-from edgeprune.runtime.session import Result
 
 
 class Data:
@@ -29,9 +28,12 @@ class Data:
 class Model:
     """Finds the class of `Data`, except of the classes in `wrong`, which come second."""
 
-    def __init__(self, batch: tuple[int, int], classes: int = 10, labels: Any = None, wrong: Any = ()) -> None:
+    def __init__(
+        self, batch: tuple[int, int], classes: int = 10, labels: Any = None, wrong: Any = (), counts: bool = False
+    ) -> None:
         self.manifest = SimpleNamespace(batch=batch, preprocessing=None)
         self.classes, self.labels, self.wrong = classes, labels, wrong
+        self.counts = counts
         self.sizes: list[int] = []
 
     def run(self, images: np.ndarray) -> Any:
@@ -41,7 +43,10 @@ class Model:
         for i, c in enumerate(images[:, 0, 0, 0].astype(int)):
             logits[i, c] = 2
             logits[i, (c + 1) % self.classes] = 3 if c in self.wrong else 1
-        return Result(logits)
+        if not self.counts:
+            return SimpleNamespace(logits=logits, kept_counts=None, overflow=None)
+        kept = images[:, 0, 0, 0].astype(np.int32)[:, None] + np.array([[1, 2]], np.int32)  # class c keeps c+1, c+2
+        return SimpleNamespace(logits=logits, kept_counts=kept, overflow=kept[:, 0] > 8)
 
 
 NAMES = [str(i) for i in range(10)]
@@ -61,6 +66,28 @@ def test_wrong_classes_lower_top1_but_not_top5() -> None:
 
 def test_top5_is_left_out_when_five_classes_are_all() -> None:
     assert evaluate(Model((1, 1), 4), Data(8, NAMES[:4])).top5 is None  # type: ignore[arg-type]
+
+
+def test_kept_tokens_are_averaged_and_overflow_is_counted() -> None:
+    found = evaluate(Model((4, 4), counts=True), Data(10, NAMES))  # type: ignore[arg-type]
+    assert (found.kept, found.overflow, found.mean_macs) == ([5.5, 6.5], 2, None)
+
+
+def test_operations_are_averaged_over_images_not_taken_at_the_mean_count() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def macs(counts: tuple[int, ...]) -> float:
+        asked.append(counts)
+        return counts[0] ** 2
+
+    found = evaluate(Model((4, 4), counts=True), Data(20, NAMES), macs=macs)  # type: ignore[arg-type]
+    assert found.mean_macs == 38.5
+    assert sorted(asked) == [(c + 1, c + 2) for c in range(10)]
+
+
+def test_counts_that_are_not_told_are_none() -> None:
+    found = evaluate(Model((1, 8)), Data(10, NAMES), macs=lambda counts: 1.0)  # type: ignore[arg-type]
+    assert (found.kept, found.overflow, found.mean_macs) == (None, 0, None)
 
 
 def test_classes_are_found_by_name() -> None:

@@ -51,11 +51,28 @@ def test_model_is_rebuilt_with_its_weights(bundle: Bundle) -> None:
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-@pytest.mark.parametrize("method", ["dense", "dynamicvit", "evit", "random"])
+@pytest.mark.parametrize("method", ["dense", "dynamicvit", "evit", "random", "ats", "asvit", "sait"])
 def test_stages_are_rebuilt_for_every_method(method: str) -> None:
     resolved = resolve(replace(REQUEST, method=method, keep_rate=0.7, stages="1:1.0,2:0.7,4:0.4"))
     info = MethodInfo(name=method, keep_rate=0.7, options=resolved.options, stages=stage_infos(resolved.stages))
     assert stages_from_manifest(info, resolved.config) == resolved.stages
+
+
+@pytest.mark.parametrize("method", ["cropr", "tome"])
+@pytest.mark.parametrize("stages", [None, "1,2,4"])
+def test_stages_are_rebuilt_for_methods_without_keep_rates(method: str, stages: str | None) -> None:
+    resolved = resolve(replace(REQUEST, method=method, stages=stages))
+    info = MethodInfo(name=method, keep_rate=1.0, options=resolved.options, stages=stage_infos(resolved.stages))
+    assert stages_from_manifest(info, resolved.config) == resolved.stages
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_adaptive_bundle_agrees_though_its_samples_lie_close(tmp_path: Path, seed: int) -> None:
+    request = ExportRequest("vit_digits", "ats", random_weights=True, seed=seed, token_outputs=True, batch=(1, 4))
+    bundle = export_model(request, tmp_path / "bundle")
+    parity = verify_bundle(bundle, model_from_manifest(bundle.manifest), images=8, seed=seed)
+    check_parity(parity, "fp32")
+    assert (parity.images, parity.kept_overlap, parity.counts_agreement) == (8, 1, 1)
 
 
 def test_bundle_agrees_with_its_model(bundle: Bundle) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgeprune.export.plan import Block, Embed, Head, Plan, Rows, Select, build_plan, rows_count
+from edgeprune.export.plan import Block, Embed, Head, Plan, Rows, Select, build_plan, macs_at, rows_count
 from edgeprune.models.registry import get_model_config
 from tests.helpers.lowering import small, stages_of
 
@@ -116,3 +116,18 @@ def test_rows_of_a_block_are_counted_by_who_reads_them() -> None:
     config = small(distilled=True)
     block = Block(1, tokens_in=18, tokens_out=10)
     assert [rows_count(config, block, r) for r in (Rows.ALL, Rows.KEPT, Rows.HEAD)] == [18, 10, 2]
+
+
+def test_macs_at_every_slot_are_those_of_the_plan_and_fall_with_the_counts() -> None:
+    config = small()
+    stages = stages_of(config, "ats", 0.75, "1,2")
+    slots = [stage.counts.kept for stage in stages]
+    full = build_plan(config, stages).macs()
+    assert macs_at(config, stages, slots) == full
+    assert macs_at(config, stages, [slots[0] + 9, slots[1]]) == full  # what overflows is not computed
+    assert macs_at(config, stages, [3, 9]) == macs_at(config, stages, [3, 3])  # later stages add nothing
+    D, M = config.embed_dim, config.mlp_dim
+    fewer = full - macs_at(config, stages, [slots[0], slots[1] - 1])
+    # one token less in the MLP of block 2, whole in block 3; its query and attention are counted in block 2
+    inside, after = 2 * D * M, 4 * D * D + 2 * D * M + 2 * D * ((1 + slots[1]) ** 2 - slots[1] ** 2)
+    assert fewer == inside + after
