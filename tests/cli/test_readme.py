@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 from edgeprune.cli.app import VERBS, cli
@@ -48,7 +49,11 @@ def test_shown_command_is_understood(line: str) -> None:
     with cli.make_context("edgeprune", words, obj=Ui()) as context:
         name, command, rest = cli.resolve_command(context, words)
         assert command is not None
-        options = command.make_context(name, rest, parent=context).params
+        try:
+            options = command.make_context(name, rest, parent=context).params
+        except click.exceptions.Exit as done:  # an option that answers by itself, such as --list-recipes
+            assert done.exit_code == 0
+            return
     for option, known in NAMES.items():
         assert options.get(option) is None or options[option] in known
 
