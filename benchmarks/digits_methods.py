@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -143,6 +144,16 @@ def weights_of(case: Case, seed: int, out: Path) -> Path:
     return path
 
 
+@lru_cache(maxsize=1)
+def held_out() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the evaluation set in batches, images as the model takes them."""
+    config = get_model_config(MODEL)
+    info = PreprocessInfo(
+        image_size=config.image_size, mean=config.mean, std=config.std, crop_pct=1.0, interpolation="bicubic"
+    )
+    return list(open_dataset("digits").batches(BATCH, info))
+
+
 def evaluate(case: Case, setting: tuple[str, float, Options], weights: Path, draw: int) -> tuple[float, float, float]:
     """Return top-1, mean multiply-accumulates of an image in units of 1e6, mean tokens behind the last stage."""
     _, rate, given = setting
@@ -152,12 +163,9 @@ def evaluate(case: Case, setting: tuple[str, float, Options], weights: Path, dra
     model = PrunedViT(config, stages)
     prefixes = [p for m in METHODS.values() for pair in m.key_prefixes.items() for p in pair]
     load_into(model, load_checkpoint(weights), key_prefixes=method.key_prefixes, ignore_prefixes=prefixes)
-    info = PreprocessInfo(
-        image_size=config.image_size, mean=config.mean, std=config.std, crop_pct=1.0, interpolation="bicubic"
-    )
     right, macs, kept, seen = 0, 0.0, 0.0, 0
     with torch.inference_mode():
-        for images, labels in open_dataset("digits").batches(BATCH, info):
+        for images, labels in held_out():
             out = model.eval().run(torch.from_numpy(images))
             assert not out.overflow.any()
             left = [count + float(stage.counts.fused) for stage, count in zip(stages, out.counts, strict=True)]

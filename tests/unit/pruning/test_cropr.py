@@ -13,7 +13,7 @@ from torch import nn
 from edgeprune.export.plan import Block, build_plan
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning.base import Where
-from edgeprune.pruning.model import PrunedViT
+from edgeprune.pruning.model import PrunedViT, inverse_permutation
 from tests.helpers import reference_pruning
 from tests.helpers.lowering import random_model, small, stages_of
 from tests.helpers.pruned import VARIANTS, assert_follows, assert_independent, counts_of, images_of, kept_sets, run
@@ -93,14 +93,11 @@ def test_sum_of_the_queries_ranks_as_all_of_them() -> None:
 
 def test_scores_are_products_with_the_raw_tokens() -> None:
     model = model_of()
-    seen: list[torch.Tensor] = []
-    hook = model.blocks[0].register_forward_hook(lambda _, args, out: seen.append(out))
     images = images_of(model, 2)
     out = run(model, images)
-    hook.remove()
-    if not seen:
-        pytest.skip("the model does not call its blocks as modules")
-    expected = seen[0][:, 1:] @ model.state_dict()["prune.0.cross_attn.queries"][0, 0]
+    with torch.no_grad():
+        raw = model.blocks[0](model.embed(images))
+    expected = raw[:, 1:] @ model.state_dict()["prune.0.cross_attn.queries"][0, 0]
     torch.testing.assert_close(out.scores[0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -154,3 +151,26 @@ def test_image_alone_is_the_image_in_a_batch(
     rows: int, columns: int, llf: bool, prefix: dict[str, Any], seed: int
 ) -> None:
     assert_independent(model_of(llf, 1, seed, image_size=(8 * rows, 8 * columns), **prefix), seed)
+
+
+# ------------------------------------------------------------------------------------------------ dense prediction
+
+
+@pytest.mark.parametrize("fields", [{}, {"distilled": True}, {"reg_tokens": 4}, {"image_size": (40, 24)}], ids=str)
+def test_every_patch_comes_back_in_its_place_for_dense_heads(fields: dict[str, Any]) -> None:
+    model = model_of(True, **fields)
+    P, N = model.config.num_prefix_tokens, model.config.num_patches
+    out = run(model, images_of(model, 3))
+    assert out.ids is not None and out.tokens is not None
+    order = inverse_permutation(out.ids)
+    assert torch.equal(out.ids.gather(1, order), torch.arange(N).expand(3, -1))
+    dense = out.dense_tokens(P)
+    for image in range(3):
+        for place, patch in enumerate(out.ids[image].tolist()):
+            assert torch.equal(dense[image, patch], out.tokens[image, P + place])
+
+
+def test_dense_tokens_are_refused_when_patches_are_gone() -> None:
+    model = model_of(False)
+    with pytest.raises(ValueError, match="every patch once"):
+        run(model, images_of(model, 1)).dense_tokens(1)
