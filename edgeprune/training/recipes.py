@@ -222,6 +222,9 @@ PRESETS: dict[str, Recipe] = {
     "digits-scratch": _DIGITS_SCRATCH,
     "digits-finetune": _DIGITS_FINETUNE,
     "digits-evit-scratch": replace(_DIGITS_SCRATCH, keep_warmup=(8.0, 8.0)),
+    "digits-evit": replace(
+        _DIGITS_FINETUNE, source="chosen for the digits; at the other methods' 2e-4 one of three seeds broke", lr=5e-5
+    ),
     "digits-dynamicvit": replace(
         _DIGITS_FINETUNE,
         source="DynamicViT's losses and frozen embeddings; lengths and rates chosen for the digits",
@@ -248,7 +251,7 @@ DIGITS_RECIPES: dict[tuple[str, bool], str] = {
     ("dense", False): "digits-scratch",
     ("dense", True): "digits-finetune",
     ("evit", False): "digits-evit-scratch",
-    ("evit", True): "digits-finetune",
+    ("evit", True): "digits-evit",
     ("random", False): "digits-scratch",
     ("random", True): "digits-finetune",
     ("dynamicvit", True): "digits-dynamicvit",
