@@ -136,11 +136,6 @@ def read_labels(path: Path) -> list[str]:
     return labels
 
 
-def plural(count: int, noun: str) -> str:
-    """Return "1 image", "2 images"."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
 def keep_rate(rate: float | None, method: str, settings: Mapping[str, str], stages: str | None) -> float:
     """Return the value of --keep-rate; 1 where it is left out and need not be given.
 
