@@ -131,7 +131,7 @@ class Efficiency:
         runners: dict[str, Runner] = {
             BEST: self.runner(self.best, "model", threads),
             SHIPPED: self.runner(self.shipped, "model", threads),
-            NAIVE: lambda: naive.run(self.images),
+            NAIVE: lambda: naive.run({"images": self.images}),
             **{name: openvino_runner(path, self.images, threads=threads) for name, path in openvino.items()},
         }
         group = self.measure("dense", runners, threads)
@@ -244,7 +244,7 @@ class Efficiency:
     def loss(self, naive: OrtBackend) -> float:
         """Return how far the shipped dense graph is from the naive export of the same weights."""
         ours: Images = Session(self.shipped, threads=1, spinning=False).run(self.images).logits
-        return relative_error(ours, naive.run(self.images)["logits"])
+        return relative_error(ours, naive.run({"images": self.images})["logits"])
 
 
 def predictor_share(bundle: Bundle) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +10,16 @@ from edgeprune.errors import BuildError, InputError
 from edgeprune.export.request import ExportRequest, Resolved, resolve
 from edgeprune.models.config import ViTConfig
 from edgeprune.pruning import METHODS
-from edgeprune.pruning.base import Constant, Reducer, Stage
-from edgeprune.pruning.random import NoScorer, constant_selector
+from edgeprune.pruning.base import Stage
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgeprune.export.plan import Plan
     from edgeprune.models.checkpoint import Checkpoint
     from edgeprune.pruning.model import PrunedViT
     from edgeprune.runtime.bundle import Bundle, BundleWriter
     from edgeprune.runtime.manifest import ParityInfo
+    from edgeprune.runtime.session import Session
 
 VERIFY_IMAGES = 4
 DEPENDS_ON_BATCH = "an image's logits depend on its batch"
@@ -56,14 +54,14 @@ def load_reference(resolved: Resolved) -> tuple[PrunedViT, dict[str, Any], list[
             hint="--random-weights makes a bundle for latency studies, which is recorded in it",
         )
     if request.checkpoint is None:
-        model = PrunedViT(resolved.config, resolved.stages)
+        model = PrunedViT(resolved.config, resolved.weighted_stages)
         randomize(model, request.seed)
         return model.eval(), {"source": "random", "seed": request.seed}, []
     checkpoint: Checkpoint = load_checkpoint(request.checkpoint, ema=request.ema)
     with torch.device("meta"):
-        model = PrunedViT(resolved.config, resolved.stages)
+        model = PrunedViT(resolved.config, resolved.weighted_stages)
     # predictors of stages that are switched off are left in the file, as are those of any method when exporting dense
-    methods = METHODS.values() if not resolved.stages else (resolved.method,)
+    methods = METHODS.values() if not resolved.weighted_stages else (resolved.method,)
     ignore = [prefix for method in methods for pair in method.key_prefixes.items() for prefix in pair]
     patterns = [method.training_keys for method in methods if method.training_keys]
     report = load_into(
@@ -97,48 +95,26 @@ def randomize(model: nn.Module, seed: int) -> None:
                 parameter.zero_()
 
 
-def make_plan(resolved: Resolved, stages: tuple[Stage, ...], *, token_outputs: bool = False) -> Plan:
-    """Return the plan for some stages, with the plan passes the request asks for."""
-    from edgeprune.export.pipeline import run_plan_passes
-    from edgeprune.export.plan import build_plan
-
-    plan = build_plan(resolved.config, stages, batch=resolved.request.batch, token_outputs=token_outputs)
-    return run_plan_passes(plan) if resolved.request.dead_rows else plan
-
-
-def random_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Return stages at the same places with the same counts that keep constant positions: the cost without choosing.
-
-    A fused token is replaced by one more kept token. Positions that are constant already stay.
-    """
-    made = []
-    for seed, stage in enumerate(stages):
-        if isinstance(stage.selector, Constant):
-            made.append(stage)
-            continue
-        counts = replace(stage.counts, kept=stage.counts.tokens_out, fused=0)
-        selector = constant_selector(counts, seed)
-        reducer = Reducer.STASH if stage.reducer is Reducer.STASH else Reducer.DROP
-        made.append(replace(stage, scorer=NoScorer(), selector=selector, reducer=reducer, counts=counts))
-    return tuple(made)
-
-
-def count_macs(resolved: Resolved) -> dict[str, int]:
-    """Return the manifest's `macs` field."""
+def count_macs(resolved: Resolved, stages: tuple[Stage, ...]) -> dict[str, int]:
+    """Return the manifest's `macs` field for some stages."""
+    from edgeprune.export.graphs import make_plan
     from edgeprune.export.plan import build_plan
 
     return {
         "dense": build_plan(resolved.config, ()).macs(),
-        "pruned": build_plan(resolved.config, resolved.stages).macs(),
+        "pruned": build_plan(resolved.config, stages).macs(),
         "dense_executed": make_plan(resolved, ()).macs(),
-        "pruned_executed": make_plan(resolved, resolved.stages).macs(),
+        "pruned_executed": make_plan(resolved, stages).macs(),
     }
 
 
 def plan_export(request: ExportRequest) -> dict[str, Any]:
     """Return what an export would do, without weights or files: for `--dry-run`."""
+    from edgeprune.export.graphs import bucket_graphs, make_plan, whole_plans
+
     resolved = resolve(request)
     plan = make_plan(resolved, resolved.stages, token_outputs=request.token_outputs)
+    graphs = [*bucket_graphs(resolved), *whole_plans(resolved)[0]]
     return {
         "model": resolved.config.name,
         "method": resolved.method.name,
@@ -146,10 +122,13 @@ def plan_export(request: ExportRequest) -> dict[str, Any]:
         "target": resolved.target.name,
         "opset": resolved.opset,
         "batch": list(request.batch),
+        "form": resolved.form,
+        "buckets": request.buckets,
+        "densities": {str(rate): stage_infos(stages) for rate, stages in resolved.densities.items()},
         "stages": stage_infos(resolved.stages),
-        "macs": count_macs(resolved),
+        "macs": count_macs(resolved, resolved.stages),
         "steps": plan.describe(),
-        "files": ["manifest.json", "model.onnx.data", *(f"{name}.onnx" for name in _graph_plans(resolved))],
+        "files": ["manifest.json", "model.onnx.data", *(f"{name}.onnx" for name in graphs)],
     }
 
 
@@ -168,15 +147,6 @@ def stage_infos(stages: tuple[Stage, ...]) -> list[dict[str, Any]]:
         }
         for stage in stages
     ]
-
-
-def _graph_plans(resolved: Resolved) -> dict[str, Plan]:
-    """Return the plans of a bundle: the model, and its baselines when it prunes."""
-    plans = {"model": make_plan(resolved, resolved.stages, token_outputs=resolved.request.token_outputs)}
-    if resolved.stages:
-        plans["dense"] = make_plan(resolved, ())
-        plans["random"] = make_plan(resolved, random_stages(resolved.stages))
-    return plans
 
 
 def export_model(request: ExportRequest, out: Path | str, *, progress: Progress | None = None) -> Bundle:
@@ -217,28 +187,28 @@ def write_bundle(
 ) -> Bundle:
     """Lower, verify and finish a bundle inside an open writer."""
     from edgeprune.export.emit.weights import weight_arrays
-    from edgeprune.export.pipeline import lower
+    from edgeprune.export.graphs import GraphWriter, whole_plans
     from edgeprune.export.writer import WeightStore
+    from edgeprune.runtime.manifest import AdaptiveInfo, PreprocessInfo
 
-    request, graphs = resolved.request, {}
-    plans = _graph_plans(resolved)
+    request, config = resolved.request, resolved.config
+    model = model.with_stages(resolved.stages)
+    adaptive = None
     with WeightStore(writer.path / "model.onnx.data") as store:
-        arrays = weight_arrays(model)
+        graphs = GraphWriter(resolved, weight_arrays(model), store, writer.path)
+        plans, of_density = whole_plans(resolved)
         for step, (name, plan) in enumerate(plans.items()):
-            report(f"lowering {name}.onnx", 0.2 + 0.4 * step / len(plans))
-            path = writer.path / f"{name}.onnx"
-            proto = lower(plan, arrays, resolved.target, path, store, opset=resolved.opset, selection=request.selection)
-            graphs[name] = graph_info(proto, path.name)
-    parity = None
-    if request.verify:
-        report("comparing with PyTorch", 0.65)
-        shape = (resolved.config.in_chans, *resolved.config.image_size)
-        parity = verify_graph(writer.path / "model.onnx", model, shape, request.batch, resolved.target.precision)
-    report("hashing and moving into place", 0.95)
-    config = resolved.config
+            report(f"lowering {name}.onnx", 0.2 + 0.2 * step / len(plans))
+            graphs.write([name], plan)
+        if resolved.form == "buckets":
+            report("lowering stem and rest", 0.4)
+            info = PreprocessInfo.model_validate(preprocessing(config))
+            adaptive = graphs.write_buckets(model, info, lambda step, share: report(step, 0.4 + 0.25 * share))
+        elif resolved.form is not None:
+            adaptive = AdaptiveInfo.model_validate({"form": resolved.form})
     if not model.exact_in_batch and request.batch[1] > 1:
         warnings = [*warnings, f"method '{resolved.method.name}' counts over a batch: {DEPENDS_ON_BATCH}"]
-    fields = {
+    fields: dict[str, Any] = {
         "model": {
             "name": config.name,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -247,7 +217,7 @@ def write_bundle(
         "weights": weights,
         "method": {
             "name": resolved.method.name,
-            "keep_rate": request.keep_rate,
+            "keep_rate": next((r for r, stages in resolved.densities.items() if stages), request.keep_rate),
             "options": resolved.options,
             "stages": stage_infos(resolved.stages),
             "notes": list(resolved.method.notes),
@@ -259,13 +229,26 @@ def write_bundle(
         "lowering": "emitted",
         "selection": request.selection if resolved.stages else "none",
         "dead_rows": request.dead_rows,
-        "macs": count_macs(resolved),
-        "graphs": graphs,
+        "macs": count_macs(resolved, resolved.stages),
+        "graphs": graphs.infos,
+        "adaptive": adaptive,
+        "densities": [
+            {
+                "keep_rate": rate,
+                "graph": of_density[rate],
+                "stages": stage_infos(stages),
+                "macs": count_macs(resolved, stages),
+            }
+            for rate, stages in resolved.densities.items()
+        ],
         "preprocessing": preprocessing(config),
         "labels": request.labels,
-        "parity": parity,
         "warnings": warnings,
     }
+    if request.verify:
+        report("comparing with PyTorch", 0.7)
+        fields |= verify_fields(writer.preview(fields), model, resolved)
+    report("hashing and moving into place", 0.95)
     bundle = writer.finish(fields)
     report("done", 1.0)
     return bundle
@@ -277,44 +260,41 @@ def preprocessing(config: ViTConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def graph_info(model: Any, file: str) -> dict[str, Any]:
-    """Return the manifest's entry of a graph; dynamic dimensions are -1."""
-    from onnx import helper
-
-    def tensors(values: Any) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": value.name,
-                "dtype": helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
-                "shape": [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim],
-            }
-            for value in values
-        ]
-
-    return {"file": file, "inputs": tensors(model.graph.input), "outputs": tensors(model.graph.output)}
-
-
-def verify_graph(
-    path: Path, model: nn.Module, shape: tuple[int, ...], batch: tuple[int, int], precision: str
-) -> ParityInfo:
-    """Return the parity of a written graph on inputs that nothing was traced with.
+def verify_fields(bundle: Bundle, model: PrunedViT, resolved: Resolved) -> dict[str, Any]:
+    """Return the manifest's `parity`, and `densities` with one each, on inputs that no graph was made of.
 
     Args:
-        path: the graph.
+        bundle: the graphs as written.
         model: the reference in eval mode.
-        shape: (C, H, W) of an input.
-        batch: smallest and largest batch.
-        precision: chooses the limits.
+        resolved: says which stages each density has.
 
     Raises:
-        BuildError: `parity` when the graph is outside the limits.
+        BuildError: `parity` when a graph is outside the limits of its precision.
     """
-    from edgeprune.checks.compare import compare, failures
-    from edgeprune.runtime.ort import OrtBackend
+    from edgeprune.runtime.session import Session
 
-    run = OrtBackend(path, spinning=False).run
-    parity = compare(run, model, batch=batch, precision=precision, images=VERIFY_IMAGES, shape=shape)
-    if found := failures(parity, precision):
+    session = Session(bundle, spinning=False, check_hashes=False)
+    manifest = bundle.manifest
+    if not manifest.densities:
+        return {"parity": verify_session(session, model)}
+    found = []
+    for density in manifest.densities:
+        session.density = density.keep_rate
+        parity = verify_session(session, model.with_stages(resolved.densities[density.keep_rate]))
+        found.append(density.model_copy(update={"parity": parity}))
+    return {"parity": next(d.parity for d in found if d.stages or not resolved.stages), "densities": found}
+
+
+def verify_session(session: Session, model: nn.Module) -> ParityInfo:
+    """Return the parity of what a session runs now.
+
+    Raises:
+        BuildError: `parity` when it is outside the limits of its precision.
+    """
+    from edgeprune.checks.compare import compare_session, failures
+
+    parity = compare_session(session, model, images=VERIFY_IMAGES)
+    if found := failures(parity, session.manifest.precision):
         raise BuildError(
             f"the graph differs from PyTorch: {'; '.join(found)}",
             code="parity",

@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.errors import InputError
-from edgeprune.export.api import (
-    Progress,
-    graph_info,
-    preprocessing,
-    silent,
-    verify_graph,
-    write_bundle,
-)
+from edgeprune.export.api import Progress, preprocessing, silent, verify_session, write_bundle
+from edgeprune.export.graphs import graph_info
 from edgeprune.export.request import ExportRequest, check_batch, check_selection, resolve
 from edgeprune.export.targets.registry import get_target
 from edgeprune.models.config import ViTConfig
@@ -57,7 +51,7 @@ def export_module(
     except NotRepresentableError as reason:
         return _export_traced(module, request, out, str(reason), report)
     resolved = resolve(request, replace(config, name=request.model))
-    model = PrunedViT(resolved.config, resolved.stages)
+    model = PrunedViT(resolved.config, resolved.weighted_stages)
     _take_weights(model, tensors, resolved.method.name)
     with BundleWriter(Path(out), overwrite=request.overwrite) as writer:
         return write_bundle(resolved, model.eval(), {"source": "module"}, [], writer, report)
@@ -83,6 +77,7 @@ def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, r
     from edgeprune.export.trace import TRACE_OPSET, trace_graph
     from edgeprune.export.writer import WeightStore
     from edgeprune.runtime.bundle import BundleWriter
+    from edgeprune.runtime.session import Session
 
     check_batch(request.batch)
     target = get_target(request.target)
@@ -112,28 +107,26 @@ def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, r
         report("lowering model.onnx", 0.6)
         with WeightStore(writer.path / "model.onnx.data") as store:
             proto = finish_graph(graph, None, target, path, store, selection=request.selection, batch=request.batch)
-        parity = None
-        if request.verify:
-            report("comparing with PyTorch", 0.8)
-            parity = verify_graph(path, module, shape, request.batch, target.precision)
         info = graph_info(proto, path.name)
         defaults = ViTConfig(name=request.model, image_size=request.image_size, patch_size=(1, 1))
-        return writer.finish(
-            {
-                "model": {"name": request.model, "parameters": sum(p.numel() for p in module.parameters())},
-                "weights": {"source": "module"},
-                "method": {"name": "dense", "keep_rate": 1.0},
-                "target": target.name,
-                "precision": target.precision,
-                "opset": TRACE_OPSET,
-                "batch": request.batch,
-                "lowering": "traced",
-                "selection": request.selection if selects else "none",
-                "dead_rows": False,
-                "graphs": {"model": info},
-                "preprocessing": preprocessing(defaults),
-                "labels": request.labels,
-                "parity": parity,
-                "warnings": [f"traced: {reason}"],
-            }
-        )
+        fields = {
+            "model": {"name": request.model, "parameters": sum(p.numel() for p in module.parameters())},
+            "weights": {"source": "module"},
+            "method": {"name": "dense", "keep_rate": 1.0},
+            "target": target.name,
+            "precision": target.precision,
+            "opset": TRACE_OPSET,
+            "batch": request.batch,
+            "lowering": "traced",
+            "selection": request.selection if selects else "none",
+            "dead_rows": False,
+            "graphs": {"model": info},
+            "preprocessing": preprocessing(defaults),
+            "labels": request.labels,
+            "warnings": [f"traced: {reason}"],
+        }
+        if request.verify:
+            report("comparing with PyTorch", 0.8)
+            session = Session(writer.preview(fields), spinning=False, check_hashes=False)
+            fields["parity"] = verify_session(session, module)
+        return writer.finish(fields)

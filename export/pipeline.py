@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,19 +41,19 @@ def lower(
     plan: Plan,
     weights: Mapping[str, np.ndarray],
     target: Target,
-    path: Path,
+    paths: Sequence[Path | None],
     store: WeightStore,
     *,
     opset: int,
     selection: str = "native",
-) -> onnx.ModelProto:
-    """Write the graph of a plan for a target and return it, weights as references.
+) -> dict[Path, onnx.ModelProto]:
+    """Write the graph of a plan for a target and return it, weights as references; of a split plan stem and rest.
 
     Args:
         plan: after its passes.
         weights: state_dict as arrays.
         target: dialect, passes and rules.
-        path: the .onnx file, beside the store's file.
+        paths: the .onnx files, beside the store's file: one, or two for a split plan, of which None is not written.
         store: shared by all graphs of a bundle.
         opset: version of the standard operators.
         selection: "native" standard operators or "plugin" nodes with bodies.
@@ -63,8 +63,12 @@ def lower(
     """
     if target.dialect is None:
         raise InternalError(f"target {target.name} has no dialect", code="target")
-    graph = emit_graph(plan, target.dialect(), weights, name=path.stem, opset=opset)
-    return finish_graph(graph, plan, target, path, store, selection=selection, batch=plan.batch)
+    graphs = emit_graph(plan, target.dialect(), weights, name=next(path.stem for path in paths if path), opset=opset)
+    return {
+        path: finish_graph(graph, plan, target, path, store, selection=selection, batch=plan.batch)
+        for graph, path in zip(graphs, paths, strict=True)
+        if path is not None
+    }
 
 
 def finish_graph(

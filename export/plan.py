@@ -16,6 +16,14 @@ from edgeprune.pruning.base import Needs, Reducer, Stage, Where
 from edgeprune.pruning.counts import StageCounts
 
 
+class Counts(str, Enum):
+    """Where a graph takes the number of rows that leave a stage from."""
+
+    SLOTS = "slots"  # constants: as many as an image may need; what it does not need is hidden
+    COMPUTED = "computed"  # the scores of the one image of the batch
+    GIVEN = "given"  # the input `slots`, int64 [stages]
+
+
 class Rows(str, Enum):
     """Which rows of a block's output are computed."""
 
@@ -93,12 +101,16 @@ class Plan:
     Attributes:
         batch: smallest and largest batch; equal for a fixed one.
         token_outputs: the graph also returns what each stage kept.
+        counts: where the number of rows behind a stage comes from; unless constant, the steps say how many at most.
+        split: the graph is to be cut behind the scores of the first stage, see `cut_graph`.
     """
 
     config: ViTConfig
     steps: tuple[Step, ...]
     batch: tuple[int, int] = (1, 1)
     token_outputs: bool = False
+    counts: Counts = Counts.SLOTS
+    split: bool = False
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -126,6 +138,8 @@ def build_plan(
     *,
     batch: tuple[int, int] = (1, 1),
     token_outputs: bool = False,
+    counts: Counts = Counts.SLOTS,
+    split: bool = False,
 ) -> Plan:
     """Return the plan of a pruned model before any pass: every row is computed.
 
@@ -134,6 +148,8 @@ def build_plan(
         stages: in execution order, counts resolved.
         batch: smallest and largest batch.
         token_outputs: return kept tokens too.
+        counts: where the number of rows behind a stage comes from; a computed one wants a batch of one image.
+        split: prepare the graph to be cut.
     """
     P = config.num_prefix_tokens
     at = {(stage.block, stage.where): stage for stage in stages}
@@ -154,7 +170,7 @@ def build_plan(
         steps.append(Block(index, tokens, after, inside, scores_for))
         tokens = after
     steps.append(Head(tokens))
-    return Plan(config, tuple(steps), batch, token_outputs)
+    return Plan(config, tuple(steps), batch, token_outputs, counts, split)
 
 
 def macs_at(config: ViTConfig, stages: Sequence[Stage], counts: Sequence[int]) -> int:

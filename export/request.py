@@ -7,12 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.export.buckets import given_buckets, parse_buckets
 from edgeprune.export.targets.base import Target
 from edgeprune.export.targets.registry import get_target
 from edgeprune.models.config import ViTConfig
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Method, Stage, parse_stages
+
+AUTO = "auto"
+FORMS = ("slots", "computed", "buckets")
+FILLS = ("mask", "next-best")
+MAX_DENSITIES = 16
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,14 @@ class ExportRequest:
         stages: "3,6,9", or "3:0.7,6:0.5,9:0.35" with a keep rate for each; None for the method's own places.
         checkpoint: path or `hf-hub:owner/name`; or `random_weights` with `seed`.
         batch: smallest and largest batch; equal for a fixed one.
+        densities: several keep rates in one bundle, the first the one a session starts with; `keep_rate` is not read
+            then.
+        adaptive: how a method whose token counts depend on the image runs: "slots", "computed", "buckets" (see
+            `AdaptiveInfo`), or "auto" for what suits the target best, and buckets where there are some.
+        buckets: "auto:4", or sizes at the first stage, "48,96,144"; None for no buckets.
+        fill: what slots past an image's count hold in a bucket, "mask" or "next-best".
+        calibration: images to choose buckets for: "digits" or "imagefolder:PATH".
+        calibration_images: how many of them.
         token_outputs: also return what each stage kept.
         dead_rows: do not compute rows nobody reads.
         selection: "native" or "plugin".
@@ -44,6 +58,12 @@ class ExportRequest:
     patch_size: int | None = None
     num_classes: int | None = None
     batch: tuple[int, int] = (1, 1)
+    densities: tuple[float, ...] = ()
+    adaptive: str = "auto"
+    buckets: str | None = None
+    fill: str = "mask"
+    calibration: str | None = None
+    calibration_images: int = 512
     token_outputs: bool = False
     dead_rows: bool = True
     selection: str = "native"
@@ -55,7 +75,13 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request with every name looked up and every count computed; no weights yet."""
+    """A request with every name looked up and every count computed; no weights yet.
+
+    Attributes:
+        stages: of the keep rate, or of the first density that prunes.
+        form: how an adaptive method runs, None for another one.
+        densities: stages by keep rate, in the order asked for; empty for a single one.
+    """
 
     request: ExportRequest
     config: ViTConfig
@@ -64,6 +90,13 @@ class Resolved:
     stages: tuple[Stage, ...]
     target: Target
     opset: int
+    form: str | None = None
+    densities: dict[float, tuple[Stage, ...]] = field(default_factory=dict)
+
+    @property
+    def weighted_stages(self) -> tuple[Stage, ...]:
+        """All stages that may hold weights: those of the density that has most."""
+        return max((self.stages, *self.densities.values()), key=len)
 
 
 def resolve(request: ExportRequest, config: ViTConfig | None = None) -> Resolved:
@@ -97,8 +130,109 @@ def resolve(request: ExportRequest, config: ViTConfig | None = None) -> Resolved
             hint="check the labels file and --num-classes",
         )
     options = method.parse_options(request.method_options)
-    stages = method.stages(config, parse_stages(request.stages, request.keep_rate), options)
-    return Resolved(request, config, method, options, stages, target, opset)
+    densities = resolve_densities(request, method, config, options)
+    if densities:
+        stages = next((stages for stages in densities.values() if stages), ())
+    else:
+        stages = method.stages(config, parse_stages(request.stages, request.keep_rate), options)
+    form = resolve_form(request, target, stages)
+    return Resolved(request, config, method, options, stages, target, opset, form, densities)
+
+
+def resolve_densities(
+    request: ExportRequest, method: Method, config: ViTConfig, options: Mapping[str, Any]
+) -> dict[float, tuple[Stage, ...]]:
+    """Return the stages of every density by keep rate.
+
+    Raises:
+        InputError: `keep-rate` when a rate is out of range or comes twice, or the method has no use for several.
+    """
+    rates = request.densities
+    if not rates:
+        return {}
+    if len(set(rates)) < len(rates) or len(rates) > MAX_DENSITIES:
+        raise InputError(
+            f"{len(rates)} keep rates, {len(set(rates))} different ones",
+            code="keep-rate",
+            expected=f"up to {MAX_DENSITIES} keep rates, each once",
+        )
+    if method.rule is None or ":" in (request.stages or "") or method.name == "dense":
+        raise InputError(
+            f"method '{method.name}' takes no list of keep rates here",
+            code="keep-rate",
+            expected="a method that takes a keep rate, and --stages without rates of their own",
+            hint="see `edgeprune methods`",
+        )
+    return {rate: method.stages(config, parse_stages(request.stages, rate), options) for rate in rates}
+
+
+def resolve_form(request: ExportRequest, target: Target, stages: tuple[Stage, ...]) -> str | None:
+    """Return the form of an adaptive method, None for another one.
+
+    Raises:
+        InputError: `adaptive`, `buckets` or `calibration` when what was asked for does not go together.
+    """
+    adaptive = bool(stages) and all(stage.selector.adaptive for stage in stages)
+    alone = all(stage.selector.exact_in_batch for stage in stages)
+    asked = request.adaptive
+    if asked not in (AUTO, *FORMS):
+        raise InputError(f"no form '{asked}'", code="adaptive", expected=f"one of {', '.join((AUTO, *FORMS))}")
+    if asked == AUTO:
+        asked = "buckets" if request.buckets else target.adaptive_form if alone else "slots"
+    if (asked == "buckets") != (request.buckets is not None):
+        raise InputError(
+            f"--adaptive {asked} with{'' if request.buckets else 'out'} --buckets",
+            code="buckets",
+            expected="--buckets with --adaptive buckets, or with no --adaptive at all",
+            hint="add --buckets auto:4 --calibration imagefolder:DIR, or leave both out",
+        )
+    if not adaptive:
+        if request.buckets or request.adaptive != AUTO:
+            raise InputError(
+                f"method '{request.method}' keeps as many tokens of every image",
+                code="buckets" if request.buckets else "adaptive",
+                expected="buckets and forms for a method whose token count depends on the image: ats, asvit, sait",
+                hint="give several keep rates instead: --keep-rate 1.0,0.7,0.5",
+            )
+        check_bucket_options(request)
+        return None
+    if asked != "slots" and not alone:
+        raise InputError(
+            "with these options an image's count depends on its batch, which only one graph for the batch can do",
+            code="adaptive",
+            expected="--adaptive slots",
+            hint="leave the option count=batch-mean out",
+        )
+    if request.densities and asked == "buckets":
+        raise InputError(
+            "several keep rates and buckets together",
+            code="buckets",
+            expected="one of both: buckets follow the image, keep rates the user",
+        )
+    check_bucket_options(request)
+    if request.buckets and (sizes := parse_buckets(request.buckets).sizes):
+        given_buckets(sizes, tuple(stage.counts.kept for stage in stages))  # refused before weights are read
+    return asked
+
+
+def check_bucket_options(request: ExportRequest) -> None:
+    """Raise InputError unless the options that go with buckets are used with them."""
+    if request.fill not in FILLS:
+        raise InputError(f"no fill '{request.fill}'", code="fill", expected=f"one of {', '.join(FILLS)}")
+    if request.buckets is None:
+        if request.calibration is not None or request.fill != FILLS[0]:
+            raise InputError(
+                "--calibration and --fill are for buckets",
+                code="calibration" if request.calibration is not None else "fill",
+                expected="--buckets beside them",
+                hint="add --buckets auto:4, or leave them out",
+            )
+    elif request.calibration is None and parse_buckets(request.buckets).count is not None:
+        raise InputError(
+            "buckets can only be chosen for images",
+            code="calibration",
+            expected="--calibration digits or imagefolder:DIR, or the sizes themselves: --buckets 48,96,144",
+        )
 
 
 def resolve_config(request: ExportRequest) -> ViTConfig:

@@ -37,6 +37,10 @@ class WeightStore:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._file.close()
 
+    def flush(self) -> None:
+        """Bring what was put so far into the file, so that a graph can be run before the others are written."""
+        self._file.flush()
+
     def put(self, name: str, values: np.ndarray) -> TensorProto:
         """Write a tensor unless its name is known and return the reference to it."""
         if name not in self._entries:

@@ -116,7 +116,8 @@ def onnx_runner(path: Path, images: NDArray[np.float32], *, threads: int) -> Run
     from edgeprune.runtime.ort import OrtBackend
 
     backend = OrtBackend(path, threads=threads, spinning=False)
-    return lambda: backend.run(images)
+    feeds = {backend.inputs[0].name: images}
+    return lambda: backend.run(feeds)
 
 
 def ratio_clock(threads: int) -> RatioClock:

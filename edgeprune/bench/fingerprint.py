@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from edgeprune.runtime.processor import first_processor
 from edgeprune.version import __version__
 
 CPU_FLAGS = (
@@ -61,7 +62,7 @@ class Fingerprint:
 
 def take_fingerprint() -> Fingerprint:
     """Return the environment of this process."""
-    cpuinfo = _first_cpu(_read("/proc/cpuinfo"))
+    cpuinfo = first_processor(_read("/proc/cpuinfo"))
     flags = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
     return Fingerprint(
         cpu_model=cpuinfo.get("model name") or platform.processor() or "unknown",
@@ -131,12 +132,6 @@ def read_cpu_times() -> CpuTimes | None:
         return None
     user, nice, system, _idle, _iowait, irq, softirq, steal = (int(x) / os.sysconf("SC_CLK_TCK") for x in fields[1:9])
     return CpuTimes(user + nice + system + irq + softirq, steal, time.process_time(), time.perf_counter())
-
-
-def _first_cpu(text: str) -> dict[str, str]:
-    """Return the fields of the first processor of a /proc/cpuinfo."""
-    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in lines}
 
 
 def _number(text: str | None) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ from edgeprune.errors import InputError
 from edgeprune.runtime.manifest import ParityInfo
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from edgeprune.pruning.model import PrunedOutput, PrunedViT
+    from edgeprune.runtime.session import Session
 
 Images = NDArray[np.float32]
 DRAWS = 4  # rounds of inputs; what is undecided after the last is not replaced
@@ -58,7 +60,7 @@ def limits_of(precision: str) -> Limits:
 
 def compare(
     run: Callable[[Images], Mapping[str, NDArray[Any]]],
-    model: nn.Module,
+    model: nn.Module | Filled,
     *,
     batch: int | tuple[int, int],
     images: int = 8,
@@ -76,7 +78,7 @@ def compare(
     Args:
         run: images [B, C, H, W] -> outputs by name: `logits` and, where the graph has them, `kept_indices_<s>`,
             `kept_counts` and `overflow`.
-        model: the reference in eval mode: a `PrunedViT`, or any module images -> logits.
+        model: the reference in eval mode: a `PrunedViT`, any module images -> logits, or `Filled`.
         batch: images per call, or smallest and largest; both are used then.
         images: number of inputs.
         seed: of the inputs.
@@ -89,6 +91,7 @@ def compare(
     """
     limits = limits_of(precision)
     if shape is None:
+        assert not isinstance(model, Filled)
         config: Any = model.config
         shape = (config.in_chans, *config.image_size)
     sizes = (batch, batch) if isinstance(batch, int) else batch
@@ -106,6 +109,51 @@ def compare(
             break
         inputs = draw_images(shape, images, rng)[: len(trials)][aside]
     return _summarize(decided, undecided, bound)
+
+
+def compare_session(session: Session, model: nn.Module, **options: Any) -> ParityInfo:
+    """Return how well a session agrees with the model its bundle was made of; `options` as in `compare`."""
+    manifest = session.manifest
+    adaptive = manifest.adaptive
+
+    def run(images: Images) -> dict[str, NDArray[Any]]:
+        result = session.run(images)
+        outputs = {"logits": result.logits, "kept_counts": result.kept_counts, "overflow": result.overflow}
+        outputs |= {f"kept_indices_{s}": kept for s, kept in enumerate(result.kept)}
+        return {name: value for name, value in outputs.items() if value is not None}
+
+    filled = adaptive is not None and adaptive.fill == "next-best"
+    return compare(
+        run,
+        Filled(model, [tuple(b.capacities) for b in adaptive.buckets]) if adaptive is not None and filled else model,
+        batch=manifest.batch,
+        precision=manifest.precision,
+        shape=tuple(session.sides),
+        **options,
+    )
+
+
+class Filled:
+    """The reference for buckets whose free slots hold the next best tokens: a model of the same weights per bucket.
+
+    Args:
+        model: a `PrunedViT`.
+        buckets: slots of each stage, nested.
+    """
+
+    def __init__(self, model: Any, buckets: Sequence[tuple[int, ...]]) -> None:
+        from edgeprune.pruning.adaptive import with_capacities
+
+        self.slots = [stage.counts.kept for stage in model.stages]
+        self.models = [model.with_stages(with_capacities(model.stages, b, fill=True)) for b in buckets]
+
+    def run(self, image: torch.Tensor) -> tuple[PrunedViT, PrunedOutput]:
+        """Return the model of the smallest bucket that holds an image [1, C, H, W], and what it gives."""
+        for model in self.models:
+            output = model.run(image)
+            if not output.overflow.any() or model is self.models[-1]:
+                return model, output
+        raise AssertionError("the last bucket holds every image")
 
 
 def failures(parity: ParityInfo, precision: str = "fp32") -> list[str]:
@@ -145,7 +193,7 @@ def draw_images(shape: tuple[int, ...], count: int, rng: np.random.Generator) ->
 def jaccard(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Return the overlap of two sets of token numbers, 1 for equal sets."""
     left, right = set(a.tolist()), set(b.tolist())
-    return len(left & right) / len(left | right)
+    return len(left & right) / len(left | right) if left | right else 1.0
 
 
 @dataclass(frozen=True)
@@ -196,7 +244,7 @@ def _summarize(decided: list[_Trial], undecided: list[_Trial], tolerance: float)
 
 def _try_all(
     run: Callable[[Images], Mapping[str, NDArray[Any]]],
-    model: nn.Module,
+    model: nn.Module | Filled,
     images: Images,
     batch: tuple[int, int],
     tie: float,
@@ -244,12 +292,14 @@ class _Reference:
     tied: NDArray[np.bool_]
 
 
-def _refer(model: nn.Module, group: Images, padded: Images, tie: float) -> _Reference:
+def _refer(model: nn.Module | Filled, group: Images, padded: Images, tie: float) -> _Reference:
     """Return the reference for a group; when images depend on their batch, for the padded one the graph runs."""
     import torch
 
     from edgeprune.pruning.model import PrunedViT
 
+    if isinstance(model, Filled):
+        return _refer_filled(model, group, tie)
     with torch.inference_mode():
         if not isinstance(model, PrunedViT):
             return _Reference(model(torch.from_numpy(group)).float().numpy(), [], {}, np.zeros(len(group), bool))
@@ -262,6 +312,26 @@ def _refer(model: nn.Module, group: Images, padded: Images, tie: float) -> _Refe
         numbers["kept_counts"] = torch.stack(output.counts, 1).numpy()
         numbers["overflow"] = output.overflow.long().numpy()
     return _Reference(output.logits.numpy(), [stage.numpy() for stage in output.kept], numbers, tied)
+
+
+def _refer_filled(filled: Filled, group: Images, tie: float) -> _Reference:
+    """Return the reference image by image; kept sets are padded to the slots, as a session gives them."""
+    import torch
+
+    logits, ties, counts, overflow = [], [], [], []
+    kept: list[list[NDArray[np.int64]]] = [[] for _ in filled.slots]
+    with torch.inference_mode():
+        for image in torch.from_numpy(group).split(1):
+            model, output = filled.run(image)
+            wanted, held = torch.cat(output.counts).numpy(), [stage.counts.kept for stage in model.stages]
+            logits.append(output.logits.numpy())
+            ties.append(_find_ties(model, output, tie))
+            counts.append(np.maximum(wanted, held))
+            overflow.append(int((wanted > filled.slots).any()))
+            for stage, ids, width in zip(kept, output.kept, filled.slots, strict=True):
+                stage.append(np.pad(ids.numpy(), ((0, 0), (0, width - ids.shape[1])), constant_values=-1))
+    numbers = {"kept_counts": np.stack(counts), "overflow": np.array(overflow)}
+    return _Reference(np.concatenate(logits), [np.concatenate(k) for k in kept], numbers, np.concatenate(ties))
 
 
 def _find_ties(model: PrunedViT, output: PrunedOutput, tie: float) -> NDArray[np.bool_]:

@@ -6,10 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edgeprune.checks.compare import compare, failures
+from edgeprune.checks.compare import compare_session, failures
 from edgeprune.errors import CheckFailed, InputError, missing_package
 from edgeprune.models.config import ViTConfig
 from edgeprune.pruning import get_method
@@ -41,24 +38,7 @@ def verify_bundle(
         InputError: `parity-precision`, or those of `Session`.
     """
     session = Session(bundle, spinning=False, check_hashes=False)
-    manifest = bundle.manifest
-
-    def run(batch: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        result = session.run(batch)
-        outputs = {"logits": result.logits, "kept_counts": result.kept_counts, "overflow": result.overflow}
-        outputs |= {f"kept_indices_{s}": kept for s, kept in enumerate(result.kept)}
-        return {name: value for name, value in outputs.items() if value is not None}
-
-    return compare(
-        run,
-        model,
-        batch=manifest.batch,
-        images=images,
-        seed=seed,
-        precision=manifest.precision,
-        tolerance=tolerance,
-        shape=tuple(manifest.graphs["model"].inputs[0].shape[1:]),
-    )
+    return compare_session(session, model, images=images, seed=seed, tolerance=tolerance)
 
 
 def check_parity(parity: ParityInfo, precision: str) -> None:

@@ -22,7 +22,11 @@ from edgeprune.runtime.manifest import StageInfo
 )
 @click.option("-m", "--model", required=True, metavar="NAME", help="A name `edgeprune models` lists.")
 @click.option("--method", default="dense", show_default=True, metavar="NAME", help="See `edgeprune methods`.")
-@click.option("--keep-rate", type=float, metavar="SHARE", help="Share of tokens that stays, above 0 to 1.")
+@click.option(
+    "--keep-rate",
+    type=parse.KeepRates(),
+    help="Share of tokens that stays, above 0 to 1; several in one bundle: 1,0.7,0.5.",
+)
 @click.option("--stages", metavar="LIST", help="Blocks, 3,6,9, or with a rate each, 3:0.7,6:0.5,9:0.35.")
 @click.option("--method-option", multiple=True, metavar="KEY=VALUE", help="Setting of the method; repeatable.")
 @click.option(
@@ -37,6 +41,23 @@ from edgeprune.runtime.manifest import StageInfo
 @click.option("--num-classes", type=click.IntRange(min=1), metavar="N")
 @click.option("--target", default="ort-cpu", show_default=True, metavar="NAME", help="See `edgeprune targets`.")
 @click.option("--batch", type=parse.BatchRange(), default="1", show_default=True, help="1, 8, or 1:8 for any between.")
+@click.option(
+    "--adaptive",
+    type=click.Choice(["auto", "computed", "slots", "buckets"]),
+    default="auto",
+    show_default=True,
+    help="How counts that depend on the image run: shapes that follow the image, masked slots, or buckets.",
+)
+@click.option("--buckets", metavar="LIST", help="auto:4, or sizes in patch tokens, 48,96,144, for static shapes.")
+@click.option(
+    "--fill",
+    type=click.Choice(["mask", "next-best"]),
+    default="mask",
+    show_default=True,
+    help="Free slots of a bucket: masked, exact; or the next best tokens, faster.",
+)
+@click.option("--calibration", metavar="DATA", help="Images to choose buckets for: digits, or imagefolder:PATH.")
+@click.option("--calibration-images", type=click.IntRange(min=2), default=512, show_default=True, metavar="N")
 @click.option("--token-outputs", is_flag=True, help="The graph also returns what each stage kept.")
 @click.option("--no-dead-rows", is_flag=True, help="Compute rows nobody reads, as the literature does.")
 @click.option(
@@ -91,7 +112,7 @@ def _dry_run(ui: Ui, plan: dict[str, Any]) -> dict[str, Any]:
 def _request(
     *,
     method: str,
-    keep_rate: float | None,
+    keep_rate: tuple[float, ...] | None,
     stages: str | None,
     checkpoint: str | None,
     random_weights: bool,
@@ -126,6 +147,7 @@ def _request(
         **settings,
         method=method,
         keep_rate=rate,
+        densities=keep_rate if keep_rate is not None and len(keep_rate) > 1 else (),
         stages=stages,
         checkpoint=checkpoint,
         random_weights=random_weights,

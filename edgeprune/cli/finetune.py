@@ -71,7 +71,7 @@ def command(
 ) -> dict[str, Any] | None:
     """Train, then print the accuracy."""
     settings = parse.key_values(method_option, "--method-option")
-    rate = parse.keep_rate(keep_rate, options["method"], settings, options["stages"])
+    rate = parse.keep_rate(None if keep_rate is None else (keep_rate,), options["method"], settings, options["stages"])
     recipe_options = parse.key_values(recipe_option, "--recipe-option")
     from edgeprune.training.distributed import is_main_process
     from edgeprune.training.finetune import FinetuneRequest, finetune

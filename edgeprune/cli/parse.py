@@ -35,6 +35,21 @@ class ImageSize(click.ParamType):
         return sides
 
 
+class KeepRates(click.ParamType):
+    """0.7, or 1.0,0.7,0.5 for several in one bundle."""
+
+    name = "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Return the rates in the order given."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not a keep rate; expected for example 0.7, or 1.0,0.7,0.5", param, ctx)
+
+
 class BatchRange(click.ParamType):
     """8, or 1:8 for any batch from 1 to 8."""
 
@@ -136,19 +151,19 @@ def read_labels(path: Path) -> list[str]:
     return labels
 
 
-def keep_rate(rate: float | None, method: str, settings: Mapping[str, str], stages: str | None) -> float:
-    """Return the value of --keep-rate; 1 where it is left out and need not be given.
+def keep_rate(rates: tuple[float, ...] | None, method: str, settings: Mapping[str, str], stages: str | None) -> float:
+    """Return the first value of --keep-rate; 1 where it is left out and need not be given.
 
     Raises:
         InputError: `keep-rate` when the method needs one; `method-unknown`, `method-option`.
     """
     found = get_method(method)
     use = found.rate_use(found.parse_options(settings))
-    if rate is None and use is RateUse.REQUIRED and method != "dense" and ":" not in (stages or ""):
+    if rates is None and use is RateUse.REQUIRED and method != "dense" and ":" not in (stages or ""):
         raise InputError(
             f"no keep rate for method '{method}'",
             code="keep-rate",
             expected="--keep-rate, the share of tokens that stays, or a rate for every stage",
             hint="add --keep-rate 0.7, or --stages 3:0.7,6:0.5,9:0.35",
         )
-    return 1.0 if rate is None else rate
+    return 1.0 if rates is None else rates[0]

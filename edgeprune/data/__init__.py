@@ -72,7 +72,7 @@ class TrainingData(Protocol):
         ...
 
 
-def open_dataset(spec: str, split: str = "test", *, limit: int | None = None) -> Dataset:
+def open_dataset(spec: str, split: str = "test", *, limit: int | None = None, labelled: bool = True) -> Dataset:
     """Return the images a model is evaluated on.
 
     Args:
@@ -80,6 +80,7 @@ def open_dataset(spec: str, split: str = "test", *, limit: int | None = None) ->
             with one directory per class each.
         split: "test" or "train".
         limit: at most this many images, of a directory spread evenly over it; None takes all.
+        labelled: without labels a directory may hold images at any depth, and every label is 0.
 
     Raises:
         InputError: `data-unknown`, `data-not-found`, `data-empty`, `data-split`.
@@ -91,7 +92,7 @@ def open_dataset(spec: str, split: str = "test", *, limit: int | None = None) ->
         return DigitsSet(split, limit)
     from edgeprune.data.folder import FolderSet, split_path
 
-    return FolderSet(split_path(_folder_path(spec), split), limit)
+    return FolderSet(split_path(_folder_path(spec), split), limit, labelled=labelled)
 
 
 def open_training_data(spec: str, augmentation: Augmentation | None = None) -> TrainingData:

@@ -98,11 +98,32 @@ def split_path(path: Path | str, split: str, *, required: bool = False) -> Path:
     return path
 
 
+def every_image(path: Path) -> list[Path]:
+    """Return the images of a directory at any depth, sorted.
+
+    Raises:
+        InputError: `data-not-found` when `path` is no directory, `data-empty` when it has no image.
+    """
+    found = sorted(p for p in path.rglob("*") if _is_image(p)) if path.is_dir() else []
+    if not found:
+        there = path.is_dir()
+        raise InputError(
+            f"no image in '{path}'" if there else f"no directory '{path}'",
+            code="data-empty" if there else "data-not-found",
+            expected=f"a directory of files ending in {', '.join(SUFFIXES)}",
+            hint="check the path behind imagefolder:",
+        )
+    return found
+
+
 class FolderSet:
     """The images of a directory in sorted order, prepared as for evaluation; `limit` takes some of every part."""
 
-    def __init__(self, path: Path | str, limit: int | None = None) -> None:
-        self.samples, self.labels = image_folder(path)
+    def __init__(self, path: Path | str, limit: int | None = None, *, labelled: bool = True) -> None:
+        if labelled:
+            self.samples, self.labels = image_folder(path)
+        else:
+            self.samples, self.labels = [(file, 0) for file in every_image(Path(path))], []
         if limit is not None and limit < len(self.samples):
             self.samples = [self.samples[i * len(self.samples) // limit] for i in range(limit)]
 

@@ -136,6 +136,27 @@ def preprocess(image: Image.Image, info: PreprocessInfo) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def as_input(item: Path | str | Image.Image | np.ndarray, info: PreprocessInfo) -> np.ndarray:
+    """Return the model input [3, H, W] float32 of an image file, a PIL image or a uint8 frame [H, W, 3].
+
+    A float32 array [C, H, W] is taken for an input and returned as it is.
+
+    Raises:
+        InputError: `image-unreadable`; `image-shape`, also for an array that is neither.
+    """
+    if isinstance(item, np.ndarray):
+        if item.dtype == np.float32 and item.ndim == 3:
+            return item
+        if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3:
+            raise InputError(
+                f"an array of {item.dtype}{list(item.shape)} is no image",
+                code="image-shape",
+                expected="an RGB frame uint8 [height, width, 3], or an input float32 [channels, height, width]",
+            )
+        item = Image.fromarray(item)
+    return preprocess(item if isinstance(item, Image.Image) else load_image(item), info)
+
+
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Yield consecutive groups of `size` items; the last may be shorter."""
     for start in range(0, len(items), size):

@@ -6,10 +6,12 @@ attention ignores. When the count exceeds the slots the best tokens stay and the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from edgeprune.pruning.base import Selection, Selector
+from edgeprune.pruning.base import Selection, Selector, Stage
+from edgeprune.pruning.counts import StageCounts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,9 +25,14 @@ class Slots(Selector):
 
     Subclasses say how many in the terms of `TopKGather`: scores in which tokens that may not stay are `NOT_KEPT`, its
     mode and its threshold.
+
+    Attributes:
+        fill: slots past an image's count hold its next best tokens, which stay too: every image keeps `k` tokens. Its
+            count still says how many the method wants.
     """
 
     k: int
+    fill: bool = field(default=False, kw_only=True)
 
     adaptive = True
     mode = 1
@@ -53,7 +60,7 @@ class Slots(Selector):
 
     def margin(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Tensor:
         """Return [B]: the nearer of the count's own margin and that between the last token kept and the next."""
-        counts = self.select(scores, valid, module).counts.clamp(max=self.k)
+        counts = self.select(scores, valid, module).counts.clamp(min=self.k if self.fill else 0, max=self.k)
         margin = self.count_margin(scores if valid is None else scores.masked_fill(~valid, 0.0), valid, module)
         return margin.minimum(cut_margin(self.prepare(scores, valid), counts))
 
@@ -133,6 +140,23 @@ class Mass(Slots):
         kept = (ranked.cumsum(1) - ranked < self.mass).sum(1, keepdim=True).clamp(1, scores.shape[1] - 1)
         gap = (ranked.gather(1, kept - 1) - ranked.gather(1, kept))[:, 0] / ranked[:, 0].clamp(min=1e-30)
         return distance.minimum(gap)
+
+
+def with_capacities(stages: Sequence[Stage], capacities: Sequence[int], *, fill: bool = False) -> tuple[Stage, ...]:
+    """Return adaptive stages with other numbers of slots; weights and scores are the same.
+
+    Args:
+        stages: in execution order, all adaptive.
+        capacities: slots of each stage, none more than of the stage before.
+        fill: slots an image does not need are filled with its next best tokens.
+    """
+    made, tokens = [], stages[0].counts.tokens_in
+    for stage, capacity in zip(stages, capacities, strict=True):
+        assert isinstance(stage.selector, Slots)
+        selector = replace(stage.selector, k=capacity, fill=fill)
+        made.append(replace(stage, selector=selector, counts=StageCounts(tokens, capacity)))
+        tokens = capacity
+    return tuple(made)
 
 
 def rank_margin(scores: Tensor, k: int) -> Tensor:

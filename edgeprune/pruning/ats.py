@@ -65,16 +65,24 @@ class ValueScorer(Scorer):
 class CdfSampling(Slots):
     """Tokens nearest to equidistant points of the cumulative distribution of scores, each once, in sequence order.
 
-    There are as many slots as points, so an image never overflows. Where the distribution is of no use (one token, all
-    scores zero or NaN) every token stays.
+    Where the distribution is of no use (one token, all scores zero or NaN) every token stays. The next best tokens are
+    those with the highest scores.
 
     Attributes:
+        points: how many; an image never keeps more tokens.
         stretched: as in the official code: scores are sorted, the sums are stretched so that the lowest token stands
             at 0 and the highest at 1, and points run from the second lowest to 1. The lowest token is never sampled.
             Else as in the paper: sums in sequence order, points at (2 i - 1) / (2 k).
     """
 
+    points: int
     stretched: bool = True
+
+    def shares(self, scores: Tensor, valid: Tensor | None) -> Tensor:
+        """Return scores [B, N] with a sum of 1; 0 where there is no score or no token."""
+        share = scores.float().nan_to_num(nan=0.0)
+        share = share if valid is None else share.masked_fill(~valid, 0.0)
+        return share / share.sum(1, keepdim=True).clamp(min=1e-30)
 
     def distribution(self, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return positions, sums and points of the distribution.
@@ -87,36 +95,36 @@ class CdfSampling(Slots):
 
         B, N = scores.shape
         here = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-        share = scores.float().nan_to_num(nan=0.0).masked_fill(~here, 0.0)
-        total = share.sum(1, keepdim=True)
-        share = share / total.clamp(min=1e-30)
-        ramp = torch.arange(self.k, device=scores.device, dtype=torch.float32)
+        share = self.shares(scores, valid)
+        any_mass = share.sum(1) > 0
+        ramp = torch.arange(self.points, device=scores.device, dtype=torch.float32)
         if not self.stretched:
             sums = share.cumsum(1).masked_fill(~here, 10.0)
-            points = ((2 * ramp + 1) / (2 * self.k)).expand(B, -1)
-            return torch.arange(N, device=scores.device).expand(B, -1), sums, points, total[:, 0] > 0
+            points = ((2 * ramp + 1) / (2 * self.points)).expand(B, -1)
+            return torch.arange(N, device=scores.device).expand(B, -1), sums, points, any_mass
         order = share.masked_fill(~here, -1.0).sort(dim=1, stable=True).indices
         share, here = share.gather(1, order), here.gather(1, order)
         sums = share.cumsum(1)
         lowest = sums.masked_fill(~here, 10.0).amin(1, keepdim=True)
         sums = (sums - lowest) / (sums[:, -1:] - lowest).clamp(min=1e-30)
         first = sums.masked_fill(~here | (sums <= 0), 10.0).amin(1, keepdim=True)
-        points = first + ramp / max(self.k - 1, 1) * (1 - first)
-        return order, sums.masked_fill(~here, 10.0), points, (first[:, 0] < 10) & (total[:, 0] > 0)
+        points = first + ramp / max(self.points - 1, 1) * (1 - first)
+        return order, sums.masked_fill(~here, 10.0), points, (first[:, 0] < 10) & any_mass
 
     def prepare(self, scores: Tensor, valid: Tensor | None) -> Tensor:
-        """Return scores [B, N]: the sampled tokens ranked by their place in the sequence, the others `NOT_KEPT`."""
+        """Return scores [B, N]: sampled tokens ranked by their place, 1 or more; the others by share, at most 0."""
         import torch
 
         order, sums, points, usable = self.distribution(scores, valid)
         nearest = (points[:, :, None] - sums[:, None, :]).abs().argmin(2)
         sampled = torch.zeros_like(sums, dtype=torch.bool).scatter(1, order.gather(1, nearest), True)
         kept = torch.where(usable[:, None], sampled, torch.ones_like(sampled) if valid is None else valid)
-        N = scores.shape[1]
-        return torch.where(kept, torch.arange(N, 0, -1, device=scores.device, dtype=torch.float32), NOT_KEPT)
+        places = torch.arange(scores.shape[1], 0, -1, device=scores.device, dtype=torch.float32)
+        ranks = torch.where(kept, places, self.shares(scores, valid) - 1)
+        return ranks if valid is None else ranks.masked_fill(~valid, NOT_KEPT)
 
     def limit(self, module: nn.Module | None) -> float:
-        """Return a threshold between `NOT_KEPT` and the ranks."""
+        """Return a threshold between sampled tokens and others."""
         return 0.0
 
     def count_margin(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Tensor:
@@ -148,7 +156,7 @@ def make_stages(
     """Return one stage inside each block; query rows are gathered in front of the attention product."""
     official = options["variant"] == OFFICIAL
     return [
-        Stage(block, Where.MID_BLOCK, ValueScorer(not official), CdfSampling(c.kept, official), Reducer.DROP, c)
+        Stage(block, Where.MID_BLOCK, ValueScorer(not official), CdfSampling(c.kept, c.kept, official), Reducer.DROP, c)
         for block, c in zip(blocks, counts, strict=True)
     ]
 

@@ -103,10 +103,12 @@ class Selector:
 
     Attributes:
         adaptive: the number of tokens depends on the image; the stage's count is then the number of slots.
+        fill: slots past an image's count hold tokens that stay too.
         exact_in_batch: what an image keeps does not depend on the other images of its batch.
     """
 
     adaptive: bool = False
+    fill: bool = False
     exact_in_batch: bool = True
 
     def select(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Selection:

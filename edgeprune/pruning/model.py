@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -130,6 +131,12 @@ class PrunedViT(VisionTransformer):
         """Return the module that holds a stage's weights, or None when it has none."""
         return dict(self.prune.items()).get(str(stage.index))
 
+    def with_stages(self, stages: Sequence[Stage]) -> PrunedViT:
+        """Return a model of the same weights with other stages, whose weights this one must have."""
+        other = copy.copy(self)
+        other.stages = tuple(stages)
+        return other
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of normalised images [B, C, H, W]."""
         return self.run(images).logits
@@ -217,7 +224,7 @@ class PrunedViT(VisionTransformer):
             return chosen.positions
         kept, ids = take(patches, chosen.positions), s.ids.gather(1, chosen.positions)
         valid = None
-        if stage.selector.adaptive:
+        if stage.selector.adaptive and not stage.selector.fill:
             slots = torch.arange(ids.shape[1], device=ids.device)
             valid = slots < chosen.counts[:, None]
             ids = ids.masked_fill(~valid, NO_PATCH_ID)

@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any
@@ -47,7 +48,7 @@ class Bundle:
     manifest: Manifest
 
     def graph_path(self, name: str) -> Path:
-        """Return the file of graph "model", "dense" or "random".
+        """Return the file of a graph: "model", "dense", "random", "stem" or one of the rests.
 
         Raises:
             InputError: `graph-missing` when the bundle has no such graph.
@@ -142,6 +143,11 @@ class BundleWriter:
         self._remove()
         if isinstance(error, OSError) and self._concerns_us(error):
             raise self._explain(error) from error
+
+    def preview(self, manifest_fields: dict[str, Any]) -> Bundle:
+        """Return the bundle as far as it is written, not to be kept: to run it before it is finished."""
+        fields = {"tool_version": __version__, "created": "", "files": {}, **manifest_fields}
+        return Bundle(self.path, Manifest.model_validate(fields))
 
     def finish(self, manifest_fields: dict[str, Any]) -> Bundle:
         """Hash the files, write the manifest, move the bundle into place and return it.
@@ -331,11 +337,36 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     low, high = manifest.batch
     if not 1 <= low <= high:
         raise _invalid(where, f"batch: {low} to {high} is no range")
-    if "model" not in manifest.graphs:
-        raise _invalid(where, "graphs: 'model' is absent")
+    for name in _graphs_needed(manifest) - manifest.graphs.keys():
+        raise _invalid(where, f"graphs: '{name}' is absent")
+    _check_buckets(manifest, where)
     for name, graph in manifest.graphs.items():
         if graph.file not in manifest.files:
             raise _invalid(where, f"graphs.{name}: {graph.file} is not among the files")
+
+
+def _graphs_needed(manifest: Manifest) -> set[str]:
+    """Return the graphs that running the bundle takes."""
+    adaptive = manifest.adaptive
+    if adaptive is not None and adaptive.form == "buckets":
+        return {"stem", *(bucket.graph for bucket in adaptive.buckets)}
+    return {"model", *(density.graph for density in manifest.densities)}
+
+
+def _check_buckets(manifest: Manifest, where: str) -> None:
+    """Refuse buckets that are not nested, or of which the last does not hold every token."""
+    adaptive, stages = manifest.adaptive, manifest.method.stages
+    if adaptive is None:
+        return
+    if (adaptive.form == "buckets") != bool(adaptive.buckets) or not stages:
+        raise _invalid(where, f"adaptive: {len(adaptive.buckets)} buckets and {len(stages)} stages in {adaptive.form}")
+    rows = [bucket.capacities for bucket in adaptive.buckets]
+    if any(len(row) != len(stages) for row in rows):
+        raise _invalid(where, f"adaptive.buckets: capacities of other than {len(stages)} stages")
+    nested = all(a <= b for small, large in pairwise(rows) for a, b in zip(small, large, strict=True))
+    falling = all(a >= b for row in rows for a, b in pairwise(row))
+    if rows and not (nested and falling and rows[-1] == [stage.kept for stage in stages]):
+        raise _invalid(where, "adaptive.buckets: they are not nested, or the last does not hold every token")
 
 
 def _invalid(where: str, why: str) -> InputError:

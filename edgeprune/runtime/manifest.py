@@ -14,6 +14,8 @@ MANIFEST_NAME = "manifest.json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -63,6 +65,69 @@ class MethodInfo(_Model):
     options: dict[str, Any] = {}
     stages: list[StageInfo] = []
     notes: list[str] = []
+
+
+class BucketInfo(_Model):
+    """One static size of the network behind the first adaptive stage.
+
+    Attributes:
+        capacities: slots of every stage.
+        graph: the rest that runs it; one that takes `slots` as an input may serve several.
+        share: share of the calibration images that end here.
+        latency_ms: of one run of the rest, measured when the bundle was made.
+    """
+
+    capacities: list[Annotated[int, Field(ge=1)]]
+    graph: str
+    share: Share | None = None
+    latency_ms: Milliseconds | None = None
+
+
+class CalibrationInfo(_Model):
+    """What real images kept, and what running them is expected to take.
+
+    Attributes:
+        data: what was asked for, without its path.
+        histograms: per stage (tokens an image wants to keep, images).
+        curve: measured (slots at every stage, milliseconds of one run of the rest).
+        stem_ms: milliseconds of one run of the stem.
+        expected_ms: mean over the images of stem and rest, runs that overflow included.
+        held_out_ms, held_out_overflow: the same, and the share of images that run again, for images the buckets were
+            not chosen by (two halves, each judged by the buckets of the other); None for buckets that were given
+            without a choice left.
+        overflow: share of the calibration images that run again in a larger bucket.
+        batch, threads: of the measured runs.
+        cpu: processor they were measured on.
+    """
+
+    data: str
+    images: Size
+    histograms: list[list[tuple[int, int]]]
+    curve: list[tuple[int, Milliseconds]]
+    stem_ms: Milliseconds
+    expected_ms: Milliseconds
+    overflow: Share
+    held_out_ms: Milliseconds | None = None
+    held_out_overflow: Share | None = None
+    batch: int
+    threads: int
+    cpu: str
+
+
+class AdaptiveInfo(_Model):
+    """How a bundle runs a method whose token counts depend on the image.
+
+    Attributes:
+        form: "slots": one graph with as many slots as an image may need, of which it pays all; "computed": one graph
+            for one image whose shapes follow it; "buckets": a stem, and a rest for each of a few sizes.
+        fill: what slots past an image's count hold: tokens that are masked, which is exact, or the next best ones.
+        buckets: nested, the last holds all.
+    """
+
+    form: Literal["slots", "computed", "buckets"]
+    fill: Literal["mask", "next-best"] = "mask"
+    buckets: list[BucketInfo] = []
+    calibration: CalibrationInfo | None = None
 
 
 class Macs(_Model):
@@ -124,6 +189,22 @@ class ParityInfo(_Model):
     tolerance: float
 
 
+class DensityInfo(_Model):
+    """One of several keep rates of a bundle.
+
+    Attributes:
+        keep_rate: names it.
+        graph: runs it; one that takes `slots` as an input runs several.
+        stages: those of this keep rate; none where every token stays.
+    """
+
+    keep_rate: Share
+    graph: str
+    stages: list[StageInfo]
+    macs: Macs
+    parity: ParityInfo | None = None
+
+
 class FileInfo(_Model):
     """Size and hash of a file of the bundle."""
 
@@ -132,7 +213,11 @@ class FileInfo(_Model):
 
 
 class Manifest(_Model):
-    """The whole manifest; `graphs["model"]` is the pruned graph, `dense` and `random` are its baselines."""
+    """The whole manifest; `graphs["model"]` is the pruned graph, `dense` and `random` are its baselines.
+
+    A bucketed bundle has `stem` and one or more `rest` graphs in place of `model`. `densities` are the keep rates
+    a session can switch between, in the order they were asked for; `method` and `macs` describe the first that prunes.
+    """
 
     schema_version: Literal[1] = 1
     tool: str = "edgeprune"
@@ -150,6 +235,8 @@ class Manifest(_Model):
     dead_rows: bool
     macs: Macs | None = None
     graphs: dict[str, GraphInfo]
+    adaptive: AdaptiveInfo | None = None
+    densities: list[DensityInfo] = []
     preprocessing: PreprocessInfo
     labels: list[str] | None = None
     parity: ParityInfo | None = None

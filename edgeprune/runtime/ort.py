@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +41,8 @@ class OrtBackend:
         threads: threads inside an operator; 0 lets ONNX Runtime take every core.
         spinning: idle threads wait in a busy loop: lower latency, at the cost of everything else that runs.
         providers: execution providers, first choice first.
+        prepack: rearrange the weights for the processor, which costs another copy of them. Without, graphs that share
+            a weight file share its memory too, and run some 10 % slower.
 
     Raises:
         InputError: `graph-invalid` when ONNX Runtime refuses the graph.
@@ -54,6 +56,7 @@ class OrtBackend:
         threads: int = 0,
         spinning: bool = True,
         providers: Sequence[str] = ("CPUExecutionProvider",),
+        prepack: bool = True,
     ) -> None:
         ort = import_onnxruntime()
         options = ort.SessionOptions()
@@ -63,6 +66,8 @@ class OrtBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         if not spinning:
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         self._path = model_path
         try:
             self._session = ort.InferenceSession(str(model_path), options, providers=list(providers))
@@ -71,17 +76,17 @@ class OrtBackend:
         self.inputs = _describe(self._session.get_inputs())
         self.outputs = _describe(self._session.get_outputs())
 
-    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Return every output by name.
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return every output by name; several threads may call it at once.
 
         Args:
-            images: [B, C, H, W] as the graph's input says.
+            feeds: every input by name, as the graph says.
 
         Raises:
             InputError: `graph-invalid` when the graph fails while it runs.
         """
         try:
-            values = self._session.run(None, {self.inputs[0].name: images})
+            values = self._session.run(None, feeds)
         except Exception as error:
             raise self._refusal("cannot run", error) from error
         return {info.name: value for info, value in zip(self.outputs, values, strict=True)}

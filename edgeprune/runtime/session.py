@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
-from edgeprune.data.preprocess import batches, load_image, preprocess
-from edgeprune.errors import EnvironmentLackError, InputError
+from edgeprune.data.preprocess import as_input, batches, load_image, preprocess
+from edgeprune.errors import InputError
 from edgeprune.runtime.bundle import Bundle, load_bundle
-from edgeprune.runtime.manifest import Manifest, TensorInfo
-from edgeprune.runtime.ort import OrtBackend
-
-_ORT_PROVIDERS = {"onnx": ("CPUExecutionProvider",), "ort-cpu": ("CPUExecutionProvider",)}
-_KEPT = "kept_indices_"
-
-
-class Backend(Protocol):
-    """What runs one graph."""
-
-    inputs: list[TensorInfo]
-    outputs: list[TensorInfo]
-
-    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Return every output by name."""
-        ...
+from edgeprune.runtime.manifest import Manifest
+from edgeprune.runtime.opener import Opener
+from edgeprune.runtime.prefetch import prepare_ahead
+from edgeprune.runtime.router import BUCKET, IMAGES, KEPT, KEPT_COUNTS, OVERFLOW, Trace
 
 
 @dataclass(frozen=True)
@@ -42,12 +31,20 @@ class Result:
             method, where it may exceed the slots.
         overflow: [B] bool, images that wanted more tokens than a stage has slots: their logits are not the method's;
             None when the method is not adaptive.
+        bucket: [B] int32 the bucket each image ended in, None for a bundle without.
     """
 
     logits: np.ndarray
     kept: list[np.ndarray] = field(default_factory=list)
     kept_counts: np.ndarray | None = None
     overflow: np.ndarray | None = None
+    bucket: np.ndarray | None = None
+
+    def first(self) -> Result:
+        """Return the result of the first image alone, B = 1."""
+        others = (self.kept_counts, self.overflow, self.bucket)
+        counts, overflow, bucket = (None if values is None else values[:1] for values in others)
+        return Result(self.logits[:1], [stage[:1] for stage in self.kept], counts, overflow, bucket)
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Prediction:
 
 
 class Session:
-    """A bundle that is ready to run.
+    """A bundle that is ready to run. Several threads may call it at once.
 
     Args:
         bundle: a bundle or its directory.
@@ -77,10 +74,12 @@ class Session:
         spinning: idle threads wait in a busy loop. Switch it off when other work shares the cores, above all
             when several sessions live in one process.
         check_hashes: compare every file's sha256 before use; see `load_bundle`.
+        density: keep rate to start with, of a bundle that holds several; None takes the first.
+        prepack: see `OrtBackend`; None says no for a bundle with several graphs of the same weights beside a stem.
 
     Raises:
-        InputError: those of `load_bundle`; `graph-missing`, `graph-invalid`, `threads`; `bundle-tampered`
-            when the graph's inputs and outputs are not those the manifest lists.
+        InputError: those of `load_bundle`; `graph-missing`, `graph-invalid`, `threads`, `density`; `bundle-tampered`
+            when a graph's inputs and outputs are not those the manifest lists.
         EnvironmentLackError: `package-missing`; `target-not-runnable` for a target this version cannot run.
     """
 
@@ -92,14 +91,44 @@ class Session:
         threads: int = 0,
         spinning: bool = True,
         check_hashes: bool = True,
+        density: float | None = None,
+        prepack: bool | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, check_hashes=check_hashes)
         if threads < 0:
             raise InputError(f"{threads} threads", code="threads", expected="0 (every core) or more")
-        path = self.bundle.graph_path(graph)
-        self._info = self.manifest.graphs[graph]
-        self._backend = _open_backend(self.manifest.target, path, threads=threads, spinning=spinning)
-        self._check_graph(path)
+        opener = Opener(self.bundle, {"threads": threads, "spinning": spinning}, prepack)
+        self._runners = opener.runners(graph)
+        self._density, self._runner = next(iter(self._runners.items()))
+        if density is not None:
+            self.density = density
+
+    @property
+    def density(self) -> float | None:
+        """Keep rate of the next run; None when the bundle has a single one. Setting it loads nothing.
+
+        Raises:
+            InputError: `density` when the bundle does not hold the keep rate.
+        """
+        return self._density
+
+    @density.setter
+    def density(self, keep_rate: float) -> None:
+        if keep_rate not in self._runners:
+            held = ", ".join(f"{rate:g}" for rate in self.densities)
+            raise InputError(
+                f"the bundle has no density {keep_rate}",
+                code="density",
+                expected=f"one of {held}" if held else "a bundle with several keep rates",
+                hint="export with all of them: --keep-rate 1.0,0.7,0.5",
+                details={"density": keep_rate, "densities": list(self.densities)},
+            )
+        self._density, self._runner = keep_rate, self._runners[keep_rate]
+
+    @property
+    def densities(self) -> tuple[float, ...]:
+        """The keep rates the session can switch between, as they were exported; none when there is only one."""
+        return tuple(rate for rate in self._runners if rate is not None)
 
     @property
     def manifest(self) -> Manifest:
@@ -107,27 +136,62 @@ class Session:
         return self.bundle.manifest
 
     @property
+    def sides(self) -> list[int]:
+        """Channels, height and width of an input."""
+        first = next(info for info in self.manifest.graphs.values() if info.inputs[0].name == IMAGES)
+        return first.inputs[0].shape[1:]
+
+    @property
     def labels(self) -> list[str] | None:
         """Class names by index, where the bundle has them."""
         return self.manifest.labels
 
-    def run(self, images: np.ndarray) -> Result:
+    def run(self, images: np.ndarray, *, trace: Trace | None = None) -> Result:
         """Return logits and kept tokens of a batch.
 
         Args:
             images: [B, C, H, W] float32, already normalised; B within the bundle's batch range.
+            trace: takes down where the time goes in a bundle with buckets.
 
         Raises:
             InputError: `input-dtype`, `input-shape`.
         """
-        outputs = self._backend.run(self._checked(images))
-        kept = [value for name, value in outputs.items() if name.startswith(_KEPT)]  # in the order of the stages
-        overflow = outputs.get("overflow")
-        return Result(outputs["logits"], kept, outputs.get("kept_counts"), None if overflow is None else overflow > 0)
+        outputs = self._runner.run(self._checked(images), trace)
+        kept = [value for name, value in outputs.items() if name.startswith(KEPT)]  # in the order of the stages
+        overflow = outputs.get(OVERFLOW)
+        return Result(
+            outputs["logits"],
+            kept,
+            outputs.get(KEPT_COUNTS),
+            None if overflow is None else overflow > 0,
+            outputs.get(BUCKET),
+        )
 
     def warmup(self) -> None:
-        """Run once on zeros, at the smallest batch, so that the first real run is not the slow one."""
-        self._backend.run(np.zeros((self.manifest.batch[0], *self._info.inputs[0].shape[1:]), np.float32))
+        """Run everything once on zeros, at the smallest batch, so that the first real run is not the slow one."""
+        images = np.zeros((self.manifest.batch[0], *self.sides), np.float32)
+        for runner in self._runners.values():
+            runner.warmup(images)
+
+    def stream(self, items: Iterable[Any], *, ahead: int = 2) -> Iterator[tuple[Any, Result]]:
+        """Yield (item, result) for one item after the other, in order; the next ones are prepared meanwhile.
+
+        Reading, decoding and preprocessing happen in another thread. Closing the iterator ends it.
+
+        Args:
+            items: image files, PIL images, uint8 frames [H, W, 3], or normalised float32 [C, H, W]; taken as they are
+                needed, so the iterable may be a camera.
+            ahead: items prepared in advance, at least 1.
+
+        Raises:
+            InputError: `ahead`; in place of the item's result those of preprocessing it.
+        """
+        if ahead < 1:
+            raise InputError(f"{ahead} items ahead", code="ahead", expected="at least 1")
+        low = self.manifest.batch[0]
+        prepare = partial(as_input, info=self.manifest.preprocessing)
+        for item, image in prepare_ahead(items, prepare, ahead):
+            yield item, self.run(np.repeat(image[None], low, 0)).first()
 
     def classify(self, paths: Sequence[Path | str] | Path | str, *, top: int = 5) -> list[Prediction]:
         """Return the most probable classes of image files, in the order given.
@@ -176,7 +240,7 @@ class Session:
                 expected="a numpy array of float32, normalised as the manifest's `preprocessing` says",
                 hint="images.astype(numpy.float32) if normalised; Session.classify(paths) for image files",
             )
-        sides = self._info.inputs[0].shape[1:]
+        sides = self.sides
         low, high = self.manifest.batch
         if images.ndim != 4 or list(images.shape[1:]) != sides or not low <= len(images) <= high:
             batch = str(low) if low == high else f"{low} to {high}"
@@ -187,55 +251,3 @@ class Session:
                 hint="edgeprune.data.preprocess makes the size fit, export --batch allows other batches",
             )
         return np.ascontiguousarray(images)
-
-    def _check_graph(self, path: Path) -> None:
-        """Refuse a graph whose interface is not the one the manifest describes."""
-        real_in, real_out = self._backend.inputs, self._backend.outputs
-        low, high = self.manifest.batch
-        sides = self.manifest.preprocessing.image_size
-        batch = -1 if low < high else low
-        images = [TensorInfo(name="images", dtype="float32", shape=[batch, -1, *sides])]
-        for listed, real in (
-            (self._info.inputs, real_in),
-            (self._info.outputs, real_out),
-            (images, self._info.inputs),
-            (images, real_in),
-        ):
-            if not _agree(listed, real) or (batch == -1 and listed is images and real[0].shape[0] != -1):
-                raise InputError(
-                    f"{path} has {_words(real)} where its manifest describes {_words(listed)}",
-                    code="bundle-tampered",
-                    expected="a graph that `edgeprune export` wrote, with its own manifest",
-                    hint="copy the bundle again, or export it again",
-                )
-        if "logits" not in {info.name for info in real_out}:
-            raise InputError(
-                f"{path} has the outputs {_words(real_out)}",
-                code="graph-invalid",
-                expected="an output named logits",
-                hint="export the bundle again",
-            )
-
-
-def _agree(listed: list[TensorInfo], real: list[TensorInfo]) -> bool:
-    """Tell whether two lists of tensors have the same names, types and sizes; -1 agrees with every size."""
-    return len(listed) == len(real) and all(
-        (a.name, a.dtype, len(a.shape)) == (b.name, b.dtype, len(b.shape))
-        and all(m == n or -1 in (m, n) for m, n in zip(a.shape, b.shape, strict=True))
-        for a, b in zip(listed, real, strict=True)
-    )
-
-
-def _words(tensors: list[TensorInfo]) -> str:
-    return ", ".join(f"{t.name} {t.dtype}{t.shape}" for t in tensors) or "none"
-
-
-def _open_backend(target: str, path: Path, *, threads: int, spinning: bool) -> Backend:
-    if target not in _ORT_PROVIDERS:
-        raise EnvironmentLackError(
-            f"this version of edgeprune cannot run the target '{target}'",
-            code="target-not-runnable",
-            expected=f"one of {', '.join(_ORT_PROVIDERS)}",
-            hint="export for one of these targets, or upgrade edgeprune",
-        )
-    return OrtBackend(path, threads=threads, spinning=spinning, providers=_ORT_PROVIDERS[target])

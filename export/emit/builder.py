@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import helper
 
 from edgeprune.errors import InternalError
 
 Shape = Sequence[int | str | None]  # None: unknown, as the rows of a flattened dynamic batch
 BATCH = "batch"  # the name of the dynamic batch dimension
+END = np.iinfo(np.int64).max  # where a slice of a dimension of unknown length stops
 
 
 class GraphBuilder:
@@ -118,15 +120,61 @@ class GraphBuilder:
         return self.node("Transpose", [x], shape=[x.shape[p] for p in perm], name=name, perm=list(perm))
 
     def slice(
-        self, x: gs.Tensor, axis: int, start: int, stop: int, *, step: int = 1, name: str = "slice"
+        self, x: gs.Tensor, axis: int, start: int, stop: int | gs.Tensor | None, *, step: int = 1, name: str = "slice"
     ) -> gs.Variable:
-        """Return x[start:stop:step] along a static axis; x itself when that is all of it."""
-        if start == 0 and stop == x.shape[axis] and step == 1:
+        """Return x[start:stop:step] along an axis; x itself when that is all of it.
+
+        A stop of None means the end; a stop that is computed is an int64 tensor [1]. A negative start counts from the
+        end and goes with a stop of None.
+        """
+        length = x.shape[axis]
+        if isinstance(length, int) and stop is None:
+            start, stop = start % length, length
+        if start == 0 and step == 1 and not isinstance(stop, gs.Tensor) and stop in (None, length):
             return x
         shape = list(x.shape)
-        shape[axis] = len(range(start, stop, step))
-        inputs = [x, self.ints(start), self.ints(stop), self.ints(axis), *([] if step == 1 else [self.ints(step)])]
+        shape[axis] = len(range(start, stop, step)) if isinstance(stop, int) else -start if start < 0 else None
+        end = stop if isinstance(stop, gs.Tensor) else self.ints(END if stop is None else stop)
+        inputs = [x, self.ints(start), end, self.ints(axis), *([] if step == 1 else [self.ints(step)])]
         return self.node("Slice", inputs, shape=shape, name=name, dtype=x.dtype)
+
+    def length(self, x: gs.Tensor, axis: int, *, name: str) -> gs.Tensor:
+        """Return the length of an axis as an int64 tensor [1]."""
+        if isinstance(x.shape[axis], int):
+            return self.ints(x.shape[axis])
+        full = self.node("Shape", [x], shape=[len(x.shape)], name=f"{name}.shape", dtype=np.int64)
+        return self.slice(full, 0, axis, axis + 1, name=name)
+
+    def zeros(
+        self, shape: Shape, unknown: Mapping[int, tuple[gs.Tensor, int]] | None = None, *, name: str = ""
+    ) -> gs.Tensor:
+        """Return float32 zeros; where the shape says None, as long as an axis (tensor, axis) of another tensor."""
+        unknown = unknown or {}
+        if None not in shape:
+            label = "_".join(map(str, shape))
+            return self.constant(f"const.zeros_{label}", np.zeros([d for d in shape if isinstance(d, int)], np.float32))
+        dims = [
+            self.ints(d) if isinstance(d, int) else self.length(*unknown[i], name=f"{name}.length")
+            for i, d in enumerate(shape)
+        ]
+        whole = self.concat(dims, 0, name=f"{name}.shape")
+        return self.node("ConstantOfShape", [whole], shape=shape, name=name)
+
+    def places(self, count: int | None, like: gs.Tensor, axis: int, dtype: Any, *, name: str) -> gs.Tensor:
+        """Return 0, 1, ... [1, N] for the N of an axis; a constant when it is known."""
+        if isinstance(count, int):
+            return self.constant(f"const.places_{np.dtype(dtype).name}_{count}", np.arange(count, dtype=dtype)[None])
+        number = self.reshape(self.length(like, axis, name=f"{name}.number"), [], name=f"{name}.scalar")
+        bounds = [self.constant("const.i64_scalar_0", np.array(0, np.int64)), number]
+        step = self.constant("const.i64_scalar_1", np.array(1, np.int64))
+        places = self.node("Range", [bounds[0], bounds[1], step], shape=[None], name=f"{name}.range", dtype=np.int64)
+        places = self.reshape(places, [1, None], name=f"{name}.row")
+        return places if dtype == np.int64 else self.cast(places, dtype, name=name)
+
+    def cast(self, x: gs.Tensor, dtype: Any, *, name: str) -> gs.Variable:
+        """Return x as another type."""
+        to = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        return self.node("Cast", [x], shape=x.shape, name=name, dtype=dtype, to=int(to))
 
     def gather_rows(self, x: gs.Tensor, rows: gs.Tensor, *, name: str) -> gs.Variable:
         """Return x [B, N, ...] at rows [B, K] int64, image by image: [B, K, ...]."""
@@ -138,8 +186,8 @@ class GraphBuilder:
         """Concatenate along a static axis."""
         if len(parts) == 1:
             return parts[0]
-        shape = list(parts[0].shape)
-        shape[axis] = sum(p.shape[axis] for p in parts)
+        shape, along = list(parts[0].shape), [p.shape[axis] for p in parts]
+        shape[axis] = None if None in along else sum(along)
         return self.node("Concat", parts, shape=shape, name=name, dtype=parts[0].dtype, axis=axis)
 
     def reduce(self, op: str, x: gs.Tensor, axis: int, *, keepdims: bool, name: str) -> gs.Variable:

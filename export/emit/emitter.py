@@ -10,8 +10,9 @@ import onnx_graphsurgeon as gs
 
 from edgeprune.export.emit import outputs, parts, selection
 from edgeprune.export.emit.builder import GraphBuilder
+from edgeprune.export.emit.cut import cut_graph
 from edgeprune.export.emit.dialects.plain import PlainDialect
-from edgeprune.export.plan import Block, Embed, Head, Plan, Restore, Select
+from edgeprune.export.plan import Block, Counts, Embed, Head, Plan, Restore, Rows, Select, rows_count
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Emission:
 
     Attributes:
         rows: the residual stream in the dialect's layout.
-        tokens: rows per image, prefix included.
+        tokens: rows per image, prefix included; None where the number is not a constant.
         ids: [B, N] int64 original patch number of each patch token, None until the first stage.
         kept: per stage the original patch numbers [B, K] int64, when the plan asks for token outputs.
         counts: per stage the tokens an image keeps [B] int32, None where it is the same for all images.
@@ -29,13 +30,15 @@ class Emission:
         key_bias: [B, 1, 1, T] added to the logits of every key, from `valid` and `size`; None for nothing.
         scores: by stage, what a block computed for the stage behind it.
         stash: dropped tokens [B, R, D] that come back.
+        slots: the input [S] int64 that gives the number of tokens each stage keeps.
+        cut: what the stem tells the router; nodes that read it belong to the rest.
     """
 
     plan: Plan
     g: GraphBuilder
     dialect: PlainDialect
     rows: gs.Tensor | None = None
-    tokens: int = 0
+    tokens: int | None = 0
     ids: gs.Tensor | None = None
     kept: list[gs.Tensor] = field(default_factory=list)
     counts: list[gs.Tensor | None] = field(default_factory=list)
@@ -44,6 +47,30 @@ class Emission:
     key_bias: gs.Tensor | None = None
     scores: dict[int, gs.Tensor] = field(default_factory=dict)
     stash: list[gs.Tensor] = field(default_factory=list)
+    slots: gs.Variable | None = None
+    cut: list[gs.Variable] = field(default_factory=list)
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether the number of rows behind a stage is not a constant."""
+        return self.plan.counts is not Counts.SLOTS
+
+    @property
+    def patches(self) -> int | None:
+        """Patch tokens per image, None where the number is not a constant."""
+        return None if self.tokens is None else self.tokens - self.plan.config.num_prefix_tokens
+
+    def rows_of(self, step: Block, rows: Rows) -> int | None:
+        """Return how many rows of one image a choice of rows means in a block, None when it is not a constant."""
+        if self.symbolic and (rows is Rows.KEPT or (rows is Rows.ALL and self.tokens is None)):
+            return None
+        return rows_count(self.plan.config, step, rows)
+
+    def pass_block(self, step: Block) -> None:
+        """Take note of the rows that leave a block."""
+        shortened = self.tokens is None or step.stage is not None
+        unknown = self.symbolic and shortened and step.projected_rows is not Rows.HEAD
+        self.tokens = None if unknown else step.tokens_out
 
     def linear(self, name: str, x: gs.Tensor, key: str, part: tuple[str, slice] | None = None) -> gs.Tensor:
         """Return the linear layer `key`, or a slice of its outputs named by `part`."""
@@ -74,8 +101,8 @@ EMIT: dict[type, Callable[..., None]] = {
 
 def emit_graph(
     plan: Plan, dialect: PlainDialect, weights: Mapping[str, np.ndarray], *, name: str, opset: int
-) -> gs.Graph:
-    """Return the graph of a plan; selections are `edgeprune` nodes that a pass lowers.
+) -> tuple[gs.Graph, ...]:
+    """Return the graph of a plan, or stem and rest of a split one; selections are `edgeprune` nodes that a pass lowers.
 
     Args:
         plan: after its passes.
@@ -88,9 +115,14 @@ def emit_graph(
     g = GraphBuilder(name, opset, weights, batch=low if low == high else None)
     images = gs.Variable("images", np.float32, [g.batch, config.in_chans, *config.image_size])
     e = Emission(plan, g, dialect, rows=images)
+    inputs = [images]
+    if plan.counts is Counts.GIVEN and plan.stages:
+        e.slots = gs.Variable("slots", np.int64, [len(plan.stages)])
+        inputs.append(e.slots)
     for step in plan.steps:
         EMIT[type(step)](e, step)
     logits = e.rows
     assert isinstance(logits, gs.Variable)
     logits.name = "logits"
-    return g.graph([images], [logits, *outputs.token_outputs(e)])
+    graph = g.graph(inputs, [logits, *outputs.token_outputs(e)])
+    return cut_graph(graph, [*e.cut, *inputs[1:]]) if plan.split else (graph,)

@@ -20,15 +20,14 @@ def record(e: Emission, chosen: Chosen, count: gs.Tensor | None = None, valid: g
     e.counts.append(count)
     if not e.plan.token_outputs:
         return
-    g, counts = e.g, chosen.stage.counts
+    g = e.g
     if chosen.indices is None:
         assert isinstance(chosen.stage.selector, Constant)
         indices = np.array([chosen.stage.selector.indices], np.int64)
         positions = g.expand_batch(g.unnamed_constant("positions", indices), chosen.kept, name="positions_batch")
     else:
-        positions = g.node(
-            "Cast", [chosen.indices], shape=[g.batch, counts.kept], name="positions", dtype=np.int64, to=7
-        )
+        known = chosen.indices.dtype == np.int64
+        positions = chosen.indices if known else g.cast(chosen.indices, np.int64, name="positions")
     record_positions(e, positions, valid)
     if chosen.stage.reducer is Reducer.FUSE:
         fused = g.constant("const.no_patch", np.array([[NO_PATCH_ID]], np.int64))
@@ -51,7 +50,8 @@ def token_outputs(e: Emission) -> list[gs.Variable]:
     """Return the outputs besides the logits.
 
     With token outputs `kept_indices_<s>` [B, K] int32 per stage; with them or an adaptive stage `kept_counts` [B, S]
-    int32; with an adaptive stage `overflow` [B] int32, 1 where a stage had too few slots.
+    int32; with an adaptive stage `overflow` [B] int32, 1 where a stage had too few slots. A graph that is told its
+    numbers of slots does not know `overflow`, nor does the rest of one that is cut: whoever runs them does.
     """
     g, stages = e.g, e.plan.stages
     outputs = []
@@ -63,6 +63,8 @@ def token_outputs(e: Emission) -> list[gs.Variable]:
         return outputs
     shape = [g.batch, len(stages)]
     slots = g.constant("const.kept_counts", np.array([[stage.counts.kept for stage in stages]], np.int32))
+    if not adaptive and e.slots is not None:
+        slots = g.reshape(g.cast(e.slots, np.int32, name="slots_int32"), [1, len(stages)], name="slots_row")
     if not adaptive:
         expanded = g.expand_batch(slots, e.rows, name="kept_counts_batch")
         return [*outputs, g.node("Identity", [expanded], shape=shape, name="kept_counts", dtype=np.int32)]
@@ -75,6 +77,8 @@ def token_outputs(e: Emission) -> list[gs.Variable]:
             columns.append(g.reshape(count, [g.batch, 1], name="count"))
     counts = g.concat(columns, 1, name="counts")
     counts = g.node("Identity", [counts], shape=shape, name="kept_counts", dtype=np.int32)
+    if e.slots is not None or e.plan.split:
+        return [*outputs, counts]
     over = g.node("Greater", [counts, slots], shape=shape, name="over", dtype=bool)
     over = g.node("Cast", [over], shape=shape, name="over_int", dtype=np.int32, to=6)
     over = g.reduce("ReduceMax", over, 1, keepdims=False, name="overflow")

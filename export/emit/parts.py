@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from edgeprune.export.emit import selection
 from edgeprune.export.emit.scores import Seen
-from edgeprune.export.plan import Block, Embed, Head, Rows, rows_count
+from edgeprune.export.plan import Block, Embed, Head, Rows
 from edgeprune.models.config import AUX_WEIGHT, BATCH_NORM_EPS, STEM_CONVOLUTIONS
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def emit_block(e: Emission, step: Block) -> None:
             x, queries = (first_rows(e, rows, config.num_head_tokens) for rows in (x, queries))
         elif step.query_rows is Rows.KEPT:
             x, queries = selection.emit_keep(e, step, [x, queries], seen)
-        counts = (rows_count(config, step, step.query_rows), e.tokens)
+        counts = (e.rows_of(step, step.query_rows), e.tokens)
         seen.queries = project(e, step, queries, "q")
         with e.g.scope("attn"):
             context = e.dialect.attention(e.g, seen.queries, keys, values, counts, config.num_heads, bias)
@@ -99,7 +99,7 @@ def emit_rest(
     if step.stage is not None and step.projected_rows is Rows.ALL:
         assert seen is not None
         x = selection.emit_mid_block(e, step, x, seen)
-    e.tokens = step.tokens_out
+    e.pass_block(step)
     h = e.layer_norm("norm2", x, f"{block}.norm2", e.plan.config.norm_eps)
     h = e.dialect.gelu(e.g, "mlp.gelu", e.linear("mlp.fc1", h, f"{block}.mlp.fc1"))
     e.rows = add(e, x, branch(e, "mlp.fc2", h, f"{block}.mlp.fc2", f"{block}.ls2.gamma"), "mlp.residual")
@@ -181,10 +181,15 @@ def average(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
     P, prefix_too = config.num_prefix_tokens, config.pool_include_prefix
     pooled = g.slice(tokens, 1, 0 if prefix_too else P, e.tokens, name="patches")
     if e.valid is None and e.size is None:
-        return g.reduce("ReduceMean", pooled, 1, keepdims=False, name="pool")
+        if e.tokens is not None:
+            return g.reduce("ReduceMean", pooled, 1, keepdims=False, name="pool")
+        number = g.cast(g.length(pooled, 1, name="number"), np.float32, name="number_float")  # 0 where nothing stays
+        number = g.node("Max", [number, g.scalar(1.0)], shape=[1], name="number_or_one")
+        total = g.reduce("ReduceSum", pooled, 1, keepdims=False, name="pool_sum")
+        return g.node("Div", [total, number], shape=total.shape, name="pool")
     share = e.size
     if share is None:
-        share = g.node("Cast", [e.valid], shape=[g.batch, e.tokens - P], name="share", to=1)
+        share = g.node("Cast", [e.valid], shape=[g.batch, e.patches], name="share", to=1)
     if prefix_too:
         ones = g.constant(f"const.ones_{P}", np.ones((1, P), np.float32))
         share = g.concat([g.expand_batch(ones, share, name="prefix_share"), share], 1, name="shares")
@@ -200,12 +205,17 @@ def best_token(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
     """Return what the aux head adds to the logits [B, classes]: its weighted maximum over the patches of [B, T, D]."""
     g, P = e.g, e.plan.config.num_prefix_tokens
     patches = e.dialect.to_rows(g, g.slice(tokens, 1, P, e.tokens, name="patches"))
-    scores = e.dialect.to_tokens(g, e.linear("token_logits", patches, "aux_head"), e.tokens - P)
+    scores = e.dialect.to_tokens(g, e.linear("token_logits", patches, "aux_head"), e.patches)
     if e.valid is not None:
-        there = g.reshape(e.valid, [g.batch, e.tokens - P, 1], name="there", dtype=bool)
+        there = g.reshape(e.valid, [g.batch, e.patches, 1], name="there", dtype=bool)
         scores = g.node("Where", [there, scores, g.scalar(-3e38)], shape=scores.shape, name="token_logits_there")
+    if e.tokens is None:
+        nothing = g.constant("const.no_token_logits", np.full((1, 1, scores.shape[2]), -3e38, np.float32))
+        scores = g.concat(
+            [scores, g.expand_batch(nothing, scores, name="no_token_row")], 1, name="token_logits_or_none"
+        )
     best = g.reduce("ReduceMax", scores, 1, keepdims=False, name="best_token")
-    if e.valid is not None:  # an image without a token gets nothing added
+    if e.valid is not None or e.tokens is None:  # an image without a token gets nothing added
         none = g.node("Less", [best, g.scalar(-2e38)], shape=best.shape, name="no_token", dtype=bool)
         best = g.node("Where", [none, g.scalar(0.0), best], shape=best.shape, name="best_token_or_none")
     return g.node("Mul", [best, g.scalar(AUX_WEIGHT)], shape=best.shape, name="best_token_weighted")

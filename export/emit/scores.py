@@ -154,7 +154,6 @@ def emit_predictor(e: Emission, stage: Stage, seen: Seen) -> gs.Tensor:
     """
     g, D, T = e.g, e.plan.config.embed_dim, e.tokens
     weights, key, half = g.weights, f"prune.{stage.index}", D // 2
-    N, P = stage.counts.tokens_in, e.plan.config.num_prefix_tokens
 
     def linear(name: str, x: gs.Tensor, layer: str, weight: np.ndarray, bias: np.ndarray | None) -> gs.Tensor:
         return e.dialect.linear(g, name, x, weight, bias, f"{key}.{layer}")
@@ -163,10 +162,7 @@ def emit_predictor(e: Emission, stage: Stage, seen: Seen) -> gs.Tensor:
     w1, b1 = weights[f"{key}.in_conv.1.weight"], weights[f"{key}.in_conv.1.bias"]
     local = e.dialect.gelu(g, "local.gelu", linear("local", h, "in_conv.1.local", w1[:half], b1[:half]))
     shared = e.dialect.gelu(g, "global.gelu", linear("global", h, "in_conv.1.global", w1[half:], b1[half:]))
-    mean_row = np.concatenate([np.zeros((1, 1, P)), np.full((1, 1, N), 1 / N)], axis=2).astype(np.float32)
-    mean = weighted_sum(
-        e, g.constant(f"const.mean_{P}_{N}", mean_row), e.dialect.to_tokens(g, shared, T), "global.mean"
-    )
+    mean = mean_of_patches(e, e.dialect.to_tokens(g, shared, T))
     w2, b2 = weights[f"{key}.out_conv.0.weight"], weights[f"{key}.out_conv.0.bias"]
     mean = g.reshape(mean, [g.batch, half], name="global.row")
     mean = linear("fc1_global", mean, "out_conv.0.global", w2[:, half:], b2)
@@ -177,6 +173,16 @@ def emit_predictor(e: Emission, stage: Stage, seen: Seen) -> gs.Tensor:
     w4, b4 = weights[f"{key}.out_conv.4.weight"], weights[f"{key}.out_conv.4.bias"]
     x = linear("fc3", x, "out_conv.4.difference", w4[:1] - w4[1:], b4[:1] - b4[1:])
     return g.reshape(e.dialect.to_tokens(g, x, T), [g.batch, T], name="scores")
+
+
+def mean_of_patches(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
+    """Return the mean of the patch tokens of tokens [B, T, D], [B, 1, D]: one product instead of a strided sum."""
+    g, P, N = e.g, e.plan.config.num_prefix_tokens, e.patches
+    if N is not None:
+        row = np.concatenate([np.zeros((1, 1, P)), np.full((1, 1, N), 1 / N)], axis=2).astype(np.float32)
+        return weighted_sum(e, g.constant(f"const.mean_{P}_{N}", row), tokens, "global.mean")
+    patches = g.slice(tokens, 1, P, None, name="global.patches")
+    return g.reduce("ReduceMean", patches, 1, keepdims=True, name="global.mean")
 
 
 SCORERS: dict[type[Scorer], Callable[[Emission, Stage, Seen], gs.Tensor]] = {

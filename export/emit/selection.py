@@ -13,13 +13,15 @@ from edgeprune.export.emit.gather import (
     dropped_weights,
     gather_also,
     gather_constant,
+    keep_ranked,
+    rank_all,
     topk_gather_node,
     weighted_sum,
 )
 from edgeprune.export.emit.merging import emit_merge
 from edgeprune.export.emit.outputs import record
 from edgeprune.export.emit.scores import Seen, emit_scores
-from edgeprune.export.emit.slots import choose_slots
+from edgeprune.export.emit.slots import choose_slots, given_count
 from edgeprune.export.plan import Block, Restore, Select, fuses
 from edgeprune.pruning.adaptive import Slots
 from edgeprune.pruning.base import Constant, Reducer, Stage, TopK
@@ -40,7 +42,7 @@ def emit_select(e: Emission, step: Select) -> None:
             kept = emit_stash(e, step.stage, scores, tokens)
         else:
             kept = choose(e, step.stage, scores, tokens).kept
-        e.rows, e.tokens = e.dialect.to_rows(e.g, kept), step.tokens_out
+        e.rows, e.tokens = e.dialect.to_rows(e.g, kept), None if e.symbolic else step.tokens_out
 
 
 def emit_stash(e: Emission, stage: Stage, scores: gs.Tensor | None, tokens: gs.Tensor) -> gs.Tensor:
@@ -147,6 +149,10 @@ def choose(e: Emission, stage: Stage, scores: gs.Tensor | None, tokens: gs.Tenso
     K, selector = stage.counts.kept, stage.selector
     if isinstance(selector, Constant):
         chosen = Chosen(gather_constant(e, selector.indices, tokens, e.plan.config.num_prefix_tokens), stage, None)
+    elif isinstance(selector, TopK) and e.slots is not None:
+        assert scores is not None
+        _, ranks = rank_all(e, scores)
+        chosen = keep_ranked(e, stage, ranks, given_count(e, stage), tokens)
     elif isinstance(selector, TopK):
         ranked = topk_gather_node(e, scores, tokens, K)
         chosen = Chosen(ranked.kept, stage, ranked.indices)

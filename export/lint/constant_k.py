@@ -5,12 +5,15 @@ from __future__ import annotations
 from onnx import numpy_helper
 
 from edgeprune.export.lint import Finding, LintContext
+from edgeprune.export.plan import Counts
 
 MAX_K = 3840  # limit of TensorRT's TopK layer
 
 
 def constant_k(context: LintContext) -> list[Finding]:
-    """Refuse a TopK whose K is computed, or above 3840."""
+    """Refuse a TopK whose K is computed, or above 3840, unless the graph was asked for with computed token counts."""
+    if context.plan is not None and context.plan.counts is not Counts.SLOTS:
+        return []
     values = {t.name: t for t in context.model.graph.initializer}
     findings = []
     for node in context.model.graph.node:

@@ -27,6 +27,9 @@ class Target:
         packages: what running it needs, each (import name, extra).
         domains: operator domains the backend knows besides the standard one.
         selections: forms of the selection it takes, the default first.
+        adaptive_form: how a method whose token counts depend on the image runs unless somebody asks for another form.
+        takes_slots: token counts may be an input of the graph at no cost, so that one graph serves several.
+        bucket_multiple: token counts it likes are multiples of it.
     """
 
     name: str
@@ -38,6 +41,9 @@ class Target:
     domains: tuple[str, ...]
     packages: tuple[tuple[str, str], ...]
     selections: tuple[str, ...] = ("native", "plugin")
+    adaptive_form: str = "slots"
+    takes_slots: bool = False
+    bucket_multiple: int = 8
     dialect: Callable[[], PlainDialect] | None = None
     passes: Callable[[str, tuple[int, int]], tuple[GraphPass, ...]] | None = None
     rules: Callable[[], tuple[Rule, ...]] | None = None

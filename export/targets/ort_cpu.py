@@ -40,4 +40,7 @@ TARGET = Target(
     dialect=make_dialect,
     passes=graph_passes,
     rules=onnx.lint_rules,
+    adaptive_form="computed",
+    takes_slots=True,
+    bucket_multiple=1,
 )

@@ -14,7 +14,7 @@ import torch
 
 from edgeprune.export.emit.weights import weight_arrays
 from edgeprune.export.pipeline import PLAN_PASSES, lower
-from edgeprune.export.plan import Plan, build_plan
+from edgeprune.export.plan import Counts, Plan, build_plan
 from edgeprune.export.targets.registry import TARGETS
 from edgeprune.export.writer import WeightStore
 from edgeprune.models.config import ViTConfig
@@ -87,15 +87,17 @@ def lowered(
     opset: int = 17,
     selection: str = "native",
     name: str = "model",
+    counts: Counts = Counts.SLOTS,
 ) -> Lowered:
     """Lower a model with some plan passes; none of them computes every row."""
-    plan = build_plan(model.config, model.stages, batch=batch, token_outputs=token_outputs)
+    plan = build_plan(model.config, model.stages, batch=batch, token_outputs=token_outputs, counts=counts)
     for plan_pass in passes:
         plan = plan_pass(plan)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.onnx"
     with WeightStore(folder / f"{name}.onnx.data") as store:
-        proto = lower(plan, weight_arrays(model), TARGETS[target], path, store, opset=opset, selection=selection)
+        options: dict[str, Any] = {"opset": opset, "selection": selection}
+        proto = lower(plan, weight_arrays(model), TARGETS[target], [path], store, **options)[path]
     return Lowered(proto, path, plan)
 
 

@@ -20,14 +20,14 @@ MICROSOFT = "com.microsoft"
 class OrtCpuDialect(PlainDialect):
     """Rows are [B*T, D]."""
 
-    def to_tokens(self, g: GraphBuilder, rows: gs.Tensor, tokens: int) -> gs.Tensor:
+    def to_tokens(self, g: GraphBuilder, rows: gs.Tensor, tokens: int | None) -> gs.Tensor:
         """Return rows [B*T, D] as [B, T, D]."""
         return g.reshape(rows, [g.batch, tokens, rows.shape[-1]], name="tokens")
 
     def to_rows(self, g: GraphBuilder, tokens: gs.Tensor) -> gs.Tensor:
         """Return [B, T, D] as [B*T, D]."""
         B, T, D = tokens.shape
-        return g.reshape(tokens, [B * T if isinstance(B, int) else None, D], name="rows")
+        return g.reshape(tokens, [B * T if isinstance(B, int) and isinstance(T, int) else None, D], name="rows")
 
     def linear(
         self, g: GraphBuilder, name: str, x: gs.Tensor, weight: np.ndarray, bias: np.ndarray | None, key: str
@@ -55,7 +55,7 @@ class OrtCpuDialect(PlainDialect):
         x = self.linear(g, "proj", x, weight.reshape(D, -1), bias, "patch_embed.proj.flat")
         return g.reshape(x, [B, rows * cols, D], name="tokens")
 
-    def keys(self, g: GraphBuilder, k: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
+    def keys(self, g: GraphBuilder, k: gs.Tensor, tokens: int | None, heads: int) -> gs.Tensor:
         """Return the keys [B, T, D]; heads stay merged."""
         return self.to_tokens(g, k, tokens)
 
@@ -65,7 +65,7 @@ class OrtCpuDialect(PlainDialect):
         q: gs.Tensor,
         keys: gs.Tensor,
         v: gs.Tensor,
-        counts: tuple[int, int],
+        counts: tuple[int | None, int | None],
         heads: int,
         bias: gs.Tensor | None = None,
     ) -> gs.Tensor:
@@ -73,7 +73,7 @@ class OrtCpuDialect(PlainDialect):
         queries, tokens = counts
         inputs = [self.to_tokens(g, q, queries), keys, self.to_tokens(g, v, tokens)]
         if bias is not None:  # the kernel wants one bias per query
-            zeros = g.constant(f"const.zeros_queries_{queries}", np.zeros((1, 1, queries, 1), np.float32))
+            zeros = g.zeros([1, 1, queries, 1], {2: (inputs[0], 1)}, name="bias_zeros")
             bias = g.node("Add", [bias, zeros], shape=[g.batch, 1, queries, tokens], name="bias")
             inputs += [gs.Variable.empty(), gs.Variable.empty(), bias]
         shape = [g.batch, queries, q.shape[-1]]
@@ -96,7 +96,13 @@ class OrtCpuDialect(PlainDialect):
         return g.reduce("ReduceMean", split, 2, keepdims=False, name="mean_key")
 
     def class_attention(
-        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int, bias: gs.Tensor | None = None
+        self,
+        g: GraphBuilder,
+        q: gs.Tensor,
+        keys: gs.Tensor,
+        tokens: int | None,
+        heads: int,
+        bias: gs.Tensor | None = None,
     ) -> gs.Tensor:
         """Return the CLS query's attention [B, H, T].
 

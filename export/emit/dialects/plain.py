@@ -18,10 +18,10 @@ class PlainDialect:
     """The portable form, and the base other dialects override piece by piece.
 
     The residual stream ("rows") is [B, T, D] here; a dialect may hold it as [B*T, D]. `to_tokens` and `to_rows`
-    convert.
+    convert. Numbers of tokens and queries are None where they are not constants.
     """
 
-    def to_tokens(self, g: GraphBuilder, rows: gs.Tensor, tokens: int) -> gs.Tensor:
+    def to_tokens(self, g: GraphBuilder, rows: gs.Tensor, tokens: int | None) -> gs.Tensor:
         """Return rows as [B, T, D]."""
         return rows
 
@@ -99,7 +99,7 @@ class PlainDialect:
         _, T, D = x.shape
         return g.transpose(g.reshape(x, [g.batch, T, heads, D // heads], name=f"{name}.split"), perm, name=name)
 
-    def keys(self, g: GraphBuilder, k: gs.Tensor, tokens: int, heads: int) -> gs.Tensor:
+    def keys(self, g: GraphBuilder, k: gs.Tensor, tokens: int | None, heads: int) -> gs.Tensor:
         """Return the keys in the form `attention` and `class_attention` share: [B, H, d, T]."""
         return self.split_heads(g, "k_heads", self.to_tokens(g, k, tokens), heads, [0, 2, 3, 1])
 
@@ -109,7 +109,7 @@ class PlainDialect:
         q: gs.Tensor,
         keys: gs.Tensor,
         v: gs.Tensor,
-        counts: tuple[int, int],
+        counts: tuple[int | None, int | None],
         heads: int,
         bias: gs.Tensor | None = None,
     ) -> gs.Tensor:
@@ -147,7 +147,13 @@ class PlainDialect:
         return g.node("Softmax", [logits], shape=logits.shape, name="softmax", axis=-1)
 
     def class_attention(
-        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int, bias: gs.Tensor | None = None
+        self,
+        g: GraphBuilder,
+        q: gs.Tensor,
+        keys: gs.Tensor,
+        tokens: int | None,
+        heads: int,
+        bias: gs.Tensor | None = None,
     ) -> gs.Tensor:
         """Return the CLS query's attention [B, H, T]; q is the query [B, 1, D], bias as in `attention`."""
         B, D = g.batch, q.shape[-1]
@@ -157,7 +163,13 @@ class PlainDialect:
         return g.reshape(weights, [B, heads, tokens], name="by_head")
 
     def mean_attention(
-        self, g: GraphBuilder, q: gs.Tensor, keys: gs.Tensor, tokens: int, heads: int, bias: gs.Tensor | None = None
+        self,
+        g: GraphBuilder,
+        q: gs.Tensor,
+        keys: gs.Tensor,
+        tokens: int | None,
+        heads: int,
+        bias: gs.Tensor | None = None,
     ) -> gs.Tensor:
         """Return the attention of every query, mean over heads, [B, T, T]; q in the layout of rows."""
         B, D = g.batch, q.shape[-1]

@@ -180,7 +180,7 @@ def test_naive_export_computes_the_dense_model(tmp_path: Path) -> None:
     model = VisionTransformer(CONFIG).eval()
     images = torch.randn(2, 3, 16, 16)
     path = naive_module.export_naive_dense(CONFIG, tmp_path, batch=2, seed=3)
-    logits = OrtBackend(path, threads=1, spinning=False).run(images.numpy())["logits"]
+    logits = OrtBackend(path, threads=1, spinning=False).run({"images": images.numpy()})["logits"]
     with torch.no_grad():
         np.testing.assert_allclose(logits, model(images).numpy(), rtol=1e-4, atol=1e-5)
 

@@ -112,7 +112,7 @@ def test_official_style_export_computes_the_reference(
     path = export_naive(
         peers.OfficialStyleDynamicViT(model).eval(), tmp_path / "m.onnx", CONFIG, batch=2, exporter=exporter
     )
-    logits = OrtBackend(path, threads=1, spinning=False).run(images.numpy())["logits"]
+    logits = OrtBackend(path, threads=1, spinning=False).run({"images": images.numpy()})["logits"]
     np.testing.assert_allclose(logits, model(images).numpy(), rtol=1e-3, atol=1e-3)
 
 
@@ -121,5 +121,5 @@ def test_official_style_export_computes_the_reference(
 def test_merging_export_computes_the_module(peers: ModuleType, images: Tensor, tmp_path: Path) -> None:
     module = peers.MergingViT(lively(VisionTransformer(CONFIG)), 10).eval()
     path = export_naive(module, tmp_path / "m.onnx", CONFIG, batch=2, exporter="dynamo")
-    logits = OrtBackend(path, threads=1, spinning=False).run(images.numpy())["logits"]
+    logits = OrtBackend(path, threads=1, spinning=False).run({"images": images.numpy()})["logits"]
     np.testing.assert_allclose(logits, module(images).numpy(), rtol=1e-3, atol=1e-3)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from edgeprune.errors import EdgepruneError, EnvironmentLackError, InputError
 from edgeprune.export import ExportRequest, export_model, load_torch_model, plan_export
-from edgeprune.export.api import random_stages
+from edgeprune.export.graphs import random_stages
 from edgeprune.export.request import resolve
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning.base import Constant

@@ -11,8 +11,8 @@ import torch
 from onnx import numpy_helper
 
 from edgeprune.errors import InternalError
-from edgeprune.export.api import random_stages
 from edgeprune.export.emit.weights import weight_arrays
+from edgeprune.export.graphs import random_stages
 from edgeprune.export.pipeline import PLAN_PASSES, lower
 from edgeprune.export.plan import build_plan
 from edgeprune.export.targets.registry import TARGETS
@@ -129,7 +129,9 @@ def test_graphs_of_a_bundle_share_their_weights(tmp_path: Path, method: str, tar
             plan = build_plan(config, some)
             for plan_pass in PLAN_PASSES:
                 plan = plan_pass(plan)
-            written[name] = lower(plan, arrays, TARGETS[target], tmp_path / f"{name}.onnx", store, opset=17)
+            (written[name],) = lower(
+                plan, arrays, TARGETS[target], [tmp_path / f"{name}.onnx"], store, opset=17
+            ).values()
     places = {name: external(proto) for name, proto in written.items()}
     assert set(places["dense"]) <= set(places["model"])
     for name, where in places["dense"].items():
@@ -174,7 +176,7 @@ with WeightStore(folder / "model.onnx.data") as store:
         plan = build_plan(config, some)
         for plan_pass in PLAN_PASSES:
             plan = plan_pass(plan)
-        lower(plan, arrays, TARGETS[target], folder / f"{name}.onnx", store, opset=17)
+        lower(plan, arrays, TARGETS[target], [folder / f"{name}.onnx"], store, opset=17)
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 print(grown / sum(a.nbytes for a in arrays.values()))
 """

@@ -1,0 +1,222 @@
+"""Ways to run a batch through the graphs of a bundle: as a whole, image by image, or each image in its bucket.
+
+All return the same outputs by name. Of an adaptive method, `kept_indices_<s>` are as wide as the stage has slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+
+from edgeprune.runtime.manifest import TensorInfo
+
+Arrays = dict[str, np.ndarray]
+IMAGES, SLOTS, RANKS, COUNT = "images", "slots", "token_ranks", "token_count"
+KEPT, KEPT_COUNTS, OVERFLOW, BUCKET = "kept_indices_", "kept_counts", "overflow", "bucket"
+NO_PATCH = -1
+
+
+class Backend(Protocol):
+    """What runs one graph; several threads may call `run` at once."""
+
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Return every output by name."""
+        ...
+
+
+@dataclass
+class Trace:
+    """Where the time of a run went.
+
+    Attributes:
+        stem_s: seconds in the stem.
+        rest_s: seconds in the rest, wasted runs too.
+        runs: runs of the rest as (bucket, images).
+    """
+
+    stem_s: float = 0.0
+    rest_s: float = 0.0
+    runs: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Runner(Protocol):
+    """What runs a batch."""
+
+    def run(self, images: np.ndarray, trace: Trace | None = None) -> Arrays:
+        """Return every output by name, images in order."""
+        ...
+
+    def warmup(self, images: np.ndarray) -> None:
+        """Run every graph once."""
+        ...
+
+
+class Whole:
+    """One graph that takes the batch as it is.
+
+    Args:
+        backend: the graph.
+        slots: tokens each stage keeps, for a graph that is told.
+    """
+
+    def __init__(self, backend: Backend, slots: Sequence[int] | None = None) -> None:
+        self.backend = backend
+        self._extra = {} if slots is None else {SLOTS: np.array(slots, np.int64)}
+
+    def run(self, images: np.ndarray, trace: Trace | None = None) -> Arrays:
+        """Return every output by name."""
+        return self.backend.run({IMAGES: images, **self._extra})
+
+    def warmup(self, images: np.ndarray) -> None:
+        """Run the graph once."""
+        self.run(images)
+
+
+class OneByOne:
+    """A graph for one image, whose shapes follow the image.
+
+    Args:
+        backend: the graph.
+        slots: per stage, the most tokens an image keeps.
+    """
+
+    def __init__(self, backend: Backend, slots: Sequence[int]) -> None:
+        self.backend = backend
+        self.slots = tuple(slots)
+
+    def run(self, images: np.ndarray, trace: Trace | None = None) -> Arrays:
+        """Return every output by name, images in order."""
+        return stack([self.backend.run({IMAGES: images[i : i + 1]}) for i in range(len(images))], self.slots)
+
+    def warmup(self, images: np.ndarray) -> None:
+        """Run the graph once."""
+        self.run(images[:1])
+
+
+class Router:
+    """Stem and rest: each image runs in the smallest bucket that holds its tokens.
+
+    The stem tells what the first stage keeps. When a later stage of the rest wants more tokens than its bucket has
+    slots, the image runs again in the next bucket; the last bucket holds all that the method has slots for. The result
+    is that of the image alone, whatever its neighbours.
+
+    Args:
+        stem: images -> what the rest reads, and `token_count` [B].
+        rests: per bucket the graph of the rest; one graph that is told its slots may serve all.
+        buckets: per bucket the slots of each stage; nested, the last has all.
+        fill: slots an image does not need hold its next best tokens, which count as kept.
+    """
+
+    def __init__(
+        self, stem: Backend, rests: Sequence[Backend], buckets: Sequence[Sequence[int]], *, fill: bool = False
+    ) -> None:
+        self.stem, self.rests, self.fill = stem, list(rests), fill
+        self.buckets = np.array(buckets, np.int64)
+        self.slots = self.buckets[-1]
+        self._takes = [{info.name for info in rest.inputs} for rest in rests]
+
+    def run(self, images: np.ndarray, trace: Trace | None = None) -> Arrays:
+        """Return every output by name, images in order, and `bucket` [B] int32."""
+        trace = Trace() if trace is None else trace
+        handed = self._run_stem(images, trace)
+        wanted = [min(int(h[COUNT][0]), int(self.slots[0])) for h in handed]
+        waiting: list[list[int]] = [[] for _ in self.buckets]
+        for i, bucket in enumerate(np.searchsorted(self.buckets[:, 0], wanted)):
+            waiting[bucket].append(i)
+        found: dict[int, Arrays] = {}
+        for bucket, waits in enumerate(waiting):
+            for i, result in self._run_rest(bucket, sorted(waits), handed, trace):
+                if self._holds(bucket, result[KEPT_COUNTS][0]):
+                    found[i] = result
+                else:
+                    waiting[bucket + 1].append(i)
+        return self._finish([found[i] for i in range(len(images))])
+
+    def warmup(self, images: np.ndarray) -> None:
+        """Run the stem and every rest once."""
+        handed = self._run_stem(images, Trace())
+        for bucket in range(len(self.rests)):
+            for _ in self._run_rest(bucket, [0], handed, Trace()):
+                pass
+
+    def _run_stem(self, images: np.ndarray, trace: Trace) -> list[Arrays]:
+        """Return what the stem hands over, image by image."""
+        start = perf_counter()
+        rows = [
+            {name: values[i : i + 1] for name, values in out.items()}
+            for chunk, count in _chunks(images, batch_of(self.stem))
+            for out in (self.stem.run({IMAGES: chunk}),)
+            for i in range(count)
+        ]
+        trace.stem_s += perf_counter() - start
+        return rows
+
+    def _run_rest(
+        self, bucket: int, waits: list[int], handed: list[Arrays], trace: Trace
+    ) -> Iterator[tuple[int, Arrays]]:
+        """Yield the results of some images in a bucket, in as large groups as its graph takes."""
+        rest, takes = self.rests[bucket], self._takes[bucket]
+        size = batch_of(rest) or max(len(waits), 1)
+        for at in range(0, len(waits), size):
+            group = waits[at : at + size]
+            padded = group + [group[-1]] * (0 if batch_of(rest) is None else size - len(group))
+            feeds = {
+                name: np.concatenate([handed[i][name] for i in padded]) if len(padded) > 1 else handed[padded[0]][name]
+                for name in takes - {SLOTS}
+            }
+            if SLOTS in takes:
+                feeds[SLOTS] = self.buckets[bucket]
+            start = perf_counter()
+            out = rest.run(feeds)
+            trace.rest_s += perf_counter() - start
+            trace.runs.append((bucket, len(group)))
+            out[BUCKET] = np.full(len(padded), bucket, np.int32)
+            for row, i in enumerate(group):
+                yield i, {name: values[row : row + 1] for name, values in out.items()}
+
+    def _holds(self, bucket: int, counts: np.ndarray) -> bool:
+        """Tell whether an image with these counts [S] did not want more than the bucket has."""
+        return bool((np.minimum(counts, self.slots) <= self.buckets[bucket]).all())
+
+    def _finish(self, results: list[Arrays]) -> Arrays:
+        out = stack(results, self.slots.tolist())
+        out[OVERFLOW] = (out[KEPT_COUNTS] > self.slots).any(1).astype(np.int32)
+        if self.fill:
+            out[KEPT_COUNTS] = np.maximum(out[KEPT_COUNTS], self.buckets[out[BUCKET]]).astype(np.int32)
+        return out
+
+
+def batch_of(backend: Backend) -> int | None:
+    """Return the batch a stem or rest is fixed to, None when it takes any."""
+    batch = next(info.shape[0] for info in backend.inputs if info.name in (IMAGES, COUNT))
+    return None if batch == -1 else batch
+
+
+def stack(results: Sequence[Arrays], slots: Sequence[int]) -> Arrays:
+    """Return the outputs of single images as those of a batch; kept tokens are padded with -1 to the slots."""
+    out = {}
+    for name in results[0]:
+        rows = [result[name] for result in results]
+        if name.startswith(KEPT):
+            width = slots[int(name.removeprefix(KEPT))]
+            rows = [np.pad(row, ((0, 0), (0, width - row.shape[1])), constant_values=NO_PATCH) for row in rows]
+        out[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    return out
+
+
+def _chunks(images: np.ndarray, size: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (images of a fixed batch, how many of them are real)."""
+    if size is None:
+        yield images, len(images)
+        return
+    for at in range(0, len(images), size):
+        chunk = images[at : at + size]
+        short = size - len(chunk)
+        yield np.concatenate([chunk, np.repeat(chunk[-1:], short, 0)]) if short else chunk, len(chunk)

@@ -1,0 +1,246 @@
+"""Which graphs a bundle gets, and writing them: one for all, one for several keep rates, or a stem and its rests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edgeprune.export.buckets import given_buckets, parse_buckets
+from edgeprune.export.calibrate import Rests, calibrate
+from edgeprune.export.pipeline import lower, run_plan_passes
+from edgeprune.export.plan import Counts, Plan, build_plan
+from edgeprune.export.request import Resolved
+from edgeprune.export.writer import WeightStore
+from edgeprune.pruning.adaptive import with_capacities
+from edgeprune.pruning.base import Constant, Reducer, Stage
+from edgeprune.pruning.random import NoScorer, constant_selector
+from edgeprune.runtime.manifest import AdaptiveInfo, BucketInfo, CalibrationInfo, PreprocessInfo
+from edgeprune.runtime.ort import OrtBackend
+from edgeprune.runtime.router import IMAGES, SLOTS
+
+if TYPE_CHECKING:
+    from edgeprune.pruning.model import PrunedViT
+
+THREADS = 1  # of the runs that measure a curve
+Bucket = tuple[int, ...]
+Report = Callable[[str, float], None]
+
+
+def make_plan(resolved: Resolved, stages: tuple[Stage, ...], **fields: Any) -> Plan:
+    """Return the plan for some stages, with the plan passes the request asks for; `fields` go to `build_plan`."""
+    request = resolved.request
+    fields = {"batch": request.batch, "token_outputs": False, **fields}
+    plan = build_plan(resolved.config, stages, **fields)
+    return run_plan_passes(plan) if request.dead_rows else plan
+
+
+def random_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Return stages at the same places with the same counts that keep constant positions: the cost without choosing.
+
+    A fused token is replaced by one more kept token. Positions that are constant already stay.
+    """
+    made = []
+    for seed, stage in enumerate(stages):
+        if isinstance(stage.selector, Constant):
+            made.append(stage)
+            continue
+        counts = replace(stage.counts, kept=stage.counts.tokens_out, fused=0)
+        selector = constant_selector(counts, seed)
+        reducer = Reducer.STASH if stage.reducer is Reducer.STASH else Reducer.DROP
+        made.append(replace(stage, scorer=NoScorer(), selector=selector, reducer=reducer, counts=counts))
+    return tuple(made)
+
+
+def whole_plans(resolved: Resolved) -> tuple[dict[str, Plan], dict[float, str]]:
+    """Return the plans of all graphs but stem and rests by name, and the graph of every density.
+
+    Densities that differ in nothing but their counts share a graph that is told them, where the target has such.
+    """
+    request, stages, low_high = resolved.request, resolved.stages, resolved.request.batch
+    tokens: dict[str, Any] = {"token_outputs": request.token_outputs}
+    plans: dict[str, Plan] = {}
+    graphs: dict[float, str] = {}
+    if resolved.form == "computed":
+        tokens |= {"counts": Counts.COMPUTED, "batch": (1, 1)}
+    if not resolved.densities and resolved.form != "buckets":
+        plans["model"] = make_plan(resolved, stages, **tokens)
+    shared: dict[Any, list[float]] = {}
+    for rate, own in resolved.densities.items():
+        tellable = resolved.target.takes_slots and low_high[0] == low_high[1] and resolved.form is None
+        shape = tuple((stage.index, stage.counts.fused) for stage in own)
+        shared.setdefault(shape if tellable or not own else rate, []).append(rate)
+    for rates in shared.values():
+        largest = resolved.densities[max(rates)]
+        name = "model" if stages in [resolved.densities[rate] for rate in rates] else f"model_{rates[0]}"
+        if not largest:
+            name = "dense" if stages else "model"
+        else:
+            told = {"counts": Counts.GIVEN} if len(rates) > 1 else {}
+            plans[name] = make_plan(resolved, largest, **tokens, **told)
+        graphs |= dict.fromkeys(rates, name)
+    if not stages:
+        return {"model": make_plan(resolved, ())}, graphs
+    plans["dense"] = make_plan(resolved, ())
+    if resolved.form in (None, "slots"):
+        plans["random"] = make_plan(resolved, random_stages(stages))
+    return plans, graphs
+
+
+def bucket_graphs(resolved: Resolved) -> list[str]:
+    """Return the names of stem and rests, as far as they are known before any image was seen."""
+    if resolved.form != "buckets":
+        return []
+    asked = parse_buckets(resolved.request.buckets or "")
+    if resolved.target.takes_slots:
+        return ["stem", "rest"]
+    return ["stem", *(f"rest_{size}" for size in asked.sizes)] if asked.sizes else ["stem", "rest_<tokens>"]
+
+
+@dataclass
+class GraphWriter:
+    """Writes the graphs of one bundle.
+
+    Attributes:
+        arrays: weights by name.
+        store: their file, in `folder`.
+        infos: the manifest's `graphs` so far.
+    """
+
+    resolved: Resolved
+    arrays: Mapping[str, np.ndarray]
+    store: WeightStore
+    folder: Path
+    infos: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, names: Sequence[str | None], plan: Plan) -> None:
+        """Write the graph of a plan, or stem and rest of a split one; what is named None is left out."""
+        resolved, request = self.resolved, self.resolved.request
+        paths = [None if name is None else self.folder / f"{name}.onnx" for name in names]
+        options: dict[str, Any] = {"opset": resolved.opset, "selection": request.selection}
+        written = lower(plan, self.arrays, resolved.target, paths, self.store, **options)
+        self.store.flush()
+        self.infos |= {path.stem: graph_info(proto, path.name) for path, proto in written.items()}
+
+    def write_buckets(self, model: PrunedViT, preprocessing: PreprocessInfo, report: Report) -> AdaptiveInfo:
+        """Write stem and rests, for the buckets asked for or those that suit real images best."""
+        resolved, request = self.resolved, self.resolved.request
+        asked, slots = parse_buckets(request.buckets or ""), tuple(s.counts.kept for s in resolved.stages)
+        calibration: CalibrationInfo | None = None
+        if resolved.target.takes_slots:  # for one image at a time: its shapes may be anything
+            self.write(["stem", "rest"], self._split(slots, counts=Counts.GIVEN, batch=(1, 1)))
+        if request.calibration is not None:
+            images = np.zeros((self._batch(), resolved.config.in_chans, *resolved.config.image_size), np.float32)
+            rests = MeasuredRests(self, slots, images)
+            try:
+                infos, calibration = calibrate(
+                    model, asked, request.calibration, rests.calls(), preprocessing,
+                    images=request.calibration_images, multiple=resolved.target.bucket_multiple,
+                    batch=len(images), threads=THREADS, report=report,
+                )  # fmt: skip
+            finally:
+                rests.remove()
+        else:
+            infos = [BucketInfo(capacities=list(b), graph="rest") for b in given_buckets(asked.sizes, slots)]
+        if not resolved.target.takes_slots:
+            infos = self._write_rests(infos)
+        fill: Literal["mask", "next-best"] = "next-best" if request.fill == "next-best" else "mask"
+        return AdaptiveInfo(form="buckets", fill=fill, buckets=infos, calibration=calibration)
+
+    def _write_rests(self, buckets: Sequence[BucketInfo]) -> list[BucketInfo]:
+        """Write a rest for each bucket, the stem with the first, and return the buckets with their graphs."""
+        made: list[BucketInfo] = []
+        for bucket in buckets:
+            name = rest_name(bucket, buckets)
+            self.write(["stem" if not made else None, name], self._split(tuple(bucket.capacities)))
+            made.append(bucket.model_copy(update={"graph": name}))
+        return made
+
+    def _split(self, capacities: Bucket, **fields: Any) -> Plan:
+        request = self.resolved.request
+        stages = with_capacities(self.resolved.stages, capacities, fill=request.fill == "next-best")
+        fields = {"batch": (1, request.batch[1]), "token_outputs": request.token_outputs, **fields}
+        return make_plan(self.resolved, stages, split=True, **fields)
+
+    def _batch(self) -> int:
+        return 1 if self.resolved.target.takes_slots else self.resolved.request.batch[0]
+
+
+def rest_name(bucket: BucketInfo, buckets: Sequence[BucketInfo]) -> str:
+    """Return the name of a bucket's graph: its first capacity, or all where another bucket starts with the same."""
+    first = bucket.capacities[0]
+    alone = sum(other.capacities[0] == first for other in buckets) == 1
+    return f"rest_{first}" if alone else "rest_" + "_".join(map(str, bucket.capacities))
+
+
+class MeasuredRests:
+    """Runs a bundle's stem, and its rest at any size: the one graph there is, or one written to try a size.
+
+    Args:
+        writer: of the bundle.
+        slots: all a method may need.
+        images: what the stem is run on.
+    """
+
+    def __init__(self, writer: GraphWriter, slots: Bucket, images: np.ndarray) -> None:
+        self.writer, self.images = writer, images
+        self._backends: dict[str, OrtBackend] = {}
+        self._told = writer.resolved.target.takes_slots
+        if not self._told:
+            self._write_trial(slots, with_stem=True)
+        self._handed: dict[str, np.ndarray] = self._run_stem()
+
+    def calls(self) -> Rests:
+        """Return them as `calibrate` takes them."""
+        return Rests(self._run_stem, self._rest)
+
+    def remove(self) -> None:
+        """Delete what was written to try."""
+        self._backends.clear()
+        for path in self.writer.folder.glob("trial*.onnx"):
+            path.unlink()
+            self.writer.infos.pop(path.stem)
+
+    def _run_stem(self) -> dict[str, np.ndarray]:
+        return self._open("stem" if self._told else "trial").run({IMAGES: self.images})
+
+    def _rest(self, capacities: Bucket) -> Callable[[], object]:
+        name = "rest" if self._told else self._write_trial(capacities)
+        backend = self._open(name)
+        feeds = {info.name: self._handed[info.name] for info in backend.inputs if info.name != SLOTS}
+        if self._told:
+            feeds[SLOTS] = np.array(capacities, np.int64)
+        return partial(backend.run, feeds)
+
+    def _write_trial(self, capacities: Bucket, *, with_stem: bool = False) -> str:
+        name = "trial_" + "_".join(map(str, capacities))
+        if name not in self.writer.infos:
+            self.writer.write(["trial" if with_stem else None, name], self.writer._split(capacities))
+        return name
+
+    def _open(self, name: str) -> OrtBackend:
+        if name not in self._backends:
+            path = self.writer.folder / f"{name}.onnx"
+            self._backends[name] = OrtBackend(path, threads=THREADS, spinning=False)
+        return self._backends[name]
+
+
+def graph_info(model: Any, file: str) -> dict[str, Any]:
+    """Return the manifest's entry of a graph; dynamic dimensions are -1."""
+    from onnx import helper
+
+    def tensors(values: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": value.name,
+                "dtype": helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                "shape": [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim],
+            }
+            for value in values
+        ]
+
+    return {"file": file, "inputs": tensors(model.graph.input), "outputs": tensors(model.graph.output)}
