@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Stage
 from edgeprune.pruning.counts import StageCounts
 from edgeprune.runtime.bundle import Bundle
-from edgeprune.runtime.manifest import Manifest, MethodInfo, ParityInfo
+from edgeprune.runtime.manifest import Manifest, MethodInfo, ParityInfo, StageInfo
 from edgeprune.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -23,21 +24,32 @@ if TYPE_CHECKING:
 
 
 def verify_bundle(
-    bundle: Bundle, model: nn.Module, *, images: int = 8, seed: int = 1, tolerance: float | None = None
+    bundle: Bundle,
+    model: nn.Module,
+    *,
+    images: int = 8,
+    seed: int = 1,
+    tolerance: float | None = None,
+    density: float | None = None,
 ) -> ParityInfo:
-    """Compare a bundle's graph with the model it was made of.
+    """Compare what a bundle runs with the model it was made of.
 
     Args:
-        bundle: its "model" graph is compared.
+        bundle: its pruned graphs are compared.
         model: the reference in eval mode: a `PrunedViT`, or any module images -> logits.
         images: number of inputs.
         seed: of the inputs.
         tolerance: largest relative error of the logits; None takes that of the precision.
+        density: keep rate to compare, of a bundle that holds several; `model` must then be a `PrunedViT`.
 
     Raises:
         InputError: `parity-precision`, or those of `Session`.
     """
-    session = Session(bundle, spinning=False, check_hashes=False)
+    session = Session(bundle, spinning=False, check_hashes=False, density=density)
+    if density is not None:
+        info = next(d for d in bundle.manifest.densities if d.keep_rate == density)
+        method, config = bundle.manifest.method, config_from_manifest(bundle.manifest)
+        model = model.with_stages(stages_from_manifest(method, config, info.stages))  # type: ignore[operator]
     return compare_session(session, model, images=images, seed=seed, tolerance=tolerance)
 
 
@@ -86,8 +98,10 @@ def model_from_manifest(manifest: Manifest, checkpoint: str | Path | None = None
     )
     options = method.parse_options(manifest.method.options)
     stages = stages_from_manifest(manifest.method, config)
+    densities = {d.keep_rate: stages_from_manifest(manifest.method, config, d.stages) for d in manifest.densities}
     target = get_target(manifest.target)
-    model, found, _ = load_reference(Resolved(request, config, method, options, stages, target, manifest.opset))
+    resolved = Resolved(request, config, method, options, stages, target, manifest.opset, densities=densities)
+    model, found, _ = load_reference(resolved)
     if found.get("sha256") != weights.sha256:
         raise InputError(
             f"checkpoint '{checkpoint}' is not the one the bundle was made of",
@@ -96,7 +110,7 @@ def model_from_manifest(manifest: Manifest, checkpoint: str | Path | None = None
             hint="pass the checkpoint the bundle was exported from, or export again",
             details={"found": found.get("sha256"), "recorded": weights.sha256},
         )
-    return model
+    return model.with_stages(stages)
 
 
 def config_from_manifest(manifest: Manifest) -> ViTConfig:
@@ -119,10 +133,18 @@ def config_from_manifest(manifest: Manifest) -> ViTConfig:
         ) from error
 
 
-def stages_from_manifest(info: MethodInfo, config: ViTConfig) -> tuple[Stage, ...]:
-    """Return the stages a bundle was made with; those that kept every token stay out, as they did then."""
+def stages_from_manifest(
+    info: MethodInfo, config: ViTConfig, infos: Sequence[StageInfo] | None = None
+) -> tuple[Stage, ...]:
+    """Return the stages a bundle was made with; those that kept every token stay out, as they did then.
+
+    Args:
+        info: the method.
+        config: the architecture.
+        infos: stages of one of its densities; None takes those of the method.
+    """
     method = get_method(info.name)
-    recorded = {stage.index: stage for stage in info.stages}
+    recorded = {stage.index: stage for stage in (info.stages if infos is None else infos)}
     all_kept = StageCounts(config.num_patches, config.num_patches)
     blocks, counts = [], []
     for index in range(max(recorded, default=-1) + 1):

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from edgeprune.cli.common import BUNDLE, GRAPHS, verb
 from edgeprune.cli.ui import Ui, table
+from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.manifest import Manifest
 
 
@@ -19,8 +20,11 @@ from edgeprune.runtime.manifest import Manifest
 @click.argument("bundle", type=BUNDLE)
 @click.option("--data", required=True, metavar="DATA", help="digits, or imagefolder:PATH with a directory per class.")
 @click.option("--graph", type=GRAPHS, multiple=True, help="Only this graph; repeatable. By default model and dense.")
+@click.option("--density", type=float, metavar="SHARE", help="Keep rate to run, of a bundle that holds several.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most N images, spread over the data.")
-def command(ui: Ui, bundle: Path, data: str, graph: tuple[str, ...], limit: int | None) -> dict[str, Any]:
+def command(
+    ui: Ui, bundle: Path, data: str, graph: tuple[str, ...], density: float | None, limit: int | None
+) -> dict[str, Any]:
     """Print the accuracies; of an adaptive method also what its images kept and cost on average."""
     from edgeprune.checks.accuracy import evaluate
     from edgeprune.data import open_dataset
@@ -29,19 +33,14 @@ def command(ui: Ui, bundle: Path, data: str, graph: tuple[str, ...], limit: int 
 
     loaded = load_bundle(bundle)
     dataset = open_dataset(data, limit=limit)
-    names = graph or tuple(name for name in ("dense", "model") if name in loaded.manifest.graphs)
-    adaptive = any(stage.adaptive for stage in loaded.manifest.method.stages)
-    own_macs = macs_by_counts(loaded.manifest) if adaptive else None
     found = {}
-    macs = loaded.manifest.macs
-    for name in names:
-        session = Session(loaded, graph=name, check_hashes=False)
+    adaptive = any(stage.adaptive for stage in loaded.manifest.method.stages)
+    for name, choice, rate in choose_runs(loaded, graph, density):
+        session = Session(loaded, graph=choice, density=rate, check_hashes=False)
+        own_macs = macs_by_counts(loaded.manifest, rate) if adaptive else None
         with ui.steps() as report:
             accuracy = evaluate(session, dataset, report=report, macs=own_macs)
-        found[name] = {
-            **asdict(accuracy),
-            "macs": None if macs is None else macs.dense if name == "dense" else macs.pruned,
-        }
+        found[name] = {**asdict(accuracy), "macs": macs_of(loaded.manifest, choice, rate)}
         if accuracy.overflow:
             ui.warn(
                 f"{accuracy.overflow} of {accuracy.images} images keep more tokens than the bundle has slots; their "
@@ -53,13 +52,39 @@ def command(ui: Ui, bundle: Path, data: str, graph: tuple[str, ...], limit: int 
     return {"bundle": str(bundle), "data": data, "graphs": found}
 
 
-def macs_by_counts(manifest: Manifest) -> Callable[[tuple[int, ...]], float]:
+def choose_runs(bundle: Bundle, graphs: tuple[str, ...], density: float | None) -> list[tuple[str, str, float | None]]:
+    """Return what to evaluate as (name, graph, density): of several densities each, unless one is asked for."""
+    runs: list[tuple[str, str, float | None]] = []
+    for graph in graphs or ("dense", "model"):
+        densities = bundle.manifest.densities
+        if (
+            graph == "dense"
+            and not graphs
+            and ("dense" not in bundle.manifest.graphs or any(not d.stages for d in densities))
+        ):
+            continue
+        if graph != "model" or not (densities or density is not None):
+            runs.append((graph, graph, None))
+            continue
+        rates = [d.keep_rate for d in densities] if density is None else [density]
+        runs += [(f"keep rate {rate:g}", graph, rate) for rate in rates]
+    return runs
+
+
+def macs_of(manifest: Manifest, graph: str, density: float | None) -> int | None:
+    """Return the multiply-accumulates of an image, of an adaptive method with every slot in use."""
+    macs = next((d.macs for d in manifest.densities if d.keep_rate == density), manifest.macs)
+    return None if macs is None else macs.dense if graph == "dense" else macs.pruned
+
+
+def macs_by_counts(manifest: Manifest, density: float | None) -> Callable[[tuple[int, ...]], float]:
     """Return a function from an image's token counts per stage to its multiply-accumulates."""
     from edgeprune.checks.parity import config_from_manifest, stages_from_manifest
     from edgeprune.export.plan import macs_at
 
     config = config_from_manifest(manifest)
-    stages = stages_from_manifest(manifest.method, config)
+    infos = next((d.stages for d in manifest.densities if d.keep_rate == density), None)
+    stages = stages_from_manifest(manifest.method, config, infos)
     return lambda counts: macs_at(config, stages, counts)
 
 

@@ -9,7 +9,7 @@ import click
 
 from edgeprune.cli import parse
 from edgeprune.cli.common import verb
-from edgeprune.cli.show import files_words, plan_summary, stage_rows, summary
+from edgeprune.cli.show import bucket_rows, files_words, plan_summary, stage_rows, summary
 from edgeprune.cli.ui import Ui, pairs
 from edgeprune.errors import InputError
 from edgeprune.runtime.manifest import StageInfo
@@ -95,6 +95,9 @@ def command(ui: Ui, **options: Any) -> dict[str, Any]:
     if manifest.method.stages:
         ui.note()
         ui.note(stage_rows(manifest.method.stages))
+    if manifest.adaptive is not None and manifest.adaptive.buckets:
+        ui.note()
+        ui.note(bucket_rows(manifest.adaptive))
     ui.note(f"\nnext: edgeprune run {output} IMAGE...\n      edgeprune bench {output}")
     return {"bundle": str(output), "manifest": manifest.model_dump(mode="json")}
 

@@ -9,7 +9,15 @@ from typing import Any
 import click
 
 from edgeprune.cli.common import BUNDLE, verb
-from edgeprune.cli.show import size_words, stage_rows, summary
+from edgeprune.cli.show import (
+    bucket_rows,
+    calibration_rows,
+    density_rows,
+    histogram_rows,
+    size_words,
+    stage_rows,
+    summary,
+)
 from edgeprune.cli.ui import Ui, pairs, table
 from edgeprune.runtime.bundle import Bundle, load_bundle
 
@@ -28,6 +36,16 @@ def command(ui: Ui, bundle: Path) -> dict[str, Any]:
     if manifest.method.stages:
         ui.data("")
         ui.data(stage_rows(manifest.method.stages))
+    if manifest.densities:
+        ui.data("")
+        ui.data(density_rows(manifest.densities))
+    if manifest.adaptive is not None and manifest.adaptive.buckets:
+        ui.data("")
+        ui.data(bucket_rows(manifest.adaptive))
+        found = manifest.adaptive.calibration
+        if found is not None:
+            ui.data(pairs(calibration_rows(found)))
+            ui.data(histogram_rows(found, manifest.method.stages[0].tokens_in))
     shown = table("graph", "file", "inputs", "outputs", ">nodes", "most frequent")
     for name, info in manifest.graphs.items():
         ops = graphs[name]["ops"]

@@ -17,10 +17,13 @@ from edgeprune.runtime.manifest import Manifest
 @click.argument("bundle", type=BUNDLE)
 @click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--graph", type=GRAPHS, default="model", show_default=True, help="The pruned graph or a baseline.")
+@click.option("--density", type=float, metavar="SHARE", help="Keep rate to run, of a bundle that holds several.")
 @click.option(
     "--overlay", type=click.Path(path_type=Path), metavar="DIR", help="Write each image with dropped patches dimmed."
 )
-def command(ui: Ui, bundle: Path, images: tuple[Path, ...], graph: str, overlay: Path | None) -> dict[str, Any]:
+def command(
+    ui: Ui, bundle: Path, images: tuple[Path, ...], graph: str, density: float | None, overlay: Path | None
+) -> dict[str, Any]:
     """Print the predictions."""
     from edgeprune.runtime.bundle import load_bundle
     from edgeprune.runtime.session import Session
@@ -28,7 +31,7 @@ def command(ui: Ui, bundle: Path, images: tuple[Path, ...], graph: str, overlay:
     loaded = load_bundle(bundle)
     if overlay is not None:
         check_token_outputs(loaded.manifest, graph)
-    session = Session(loaded, graph=graph, check_hashes=False)
+    session = Session(loaded, graph=graph, density=density, check_hashes=False)
     found = []
     shown = table("image", ">rank", "class", ">probability (%)")
     for prediction in session.classify(images):
@@ -37,6 +40,7 @@ def command(ui: Ui, bundle: Path, images: tuple[Path, ...], graph: str, overlay:
             "top": [{"class": c, "label": label, "probability": p} for c, label, p in prediction.top],
             "kept": [stage.tolist() for stage in prediction.kept],
             "overflow": prediction.overflow,
+            **({} if prediction.bucket is None else {"bucket": prediction.bucket}),
         }
         if prediction.overflow:
             ui.warn(
@@ -53,12 +57,14 @@ def command(ui: Ui, bundle: Path, images: tuple[Path, ...], graph: str, overlay:
         for result, path in zip(found, paths, strict=True):
             result["overlay"] = str(path)
         ui.note(f"overlays in {overlay}: a patch is darker the earlier it was dropped")
-    return {"bundle": str(bundle), "graph": graph, "images": found}
+    return {"bundle": str(bundle), "graph": graph, "density": session.density, "images": found}
 
 
 def check_token_outputs(manifest: Manifest, graph: str) -> None:
     """Raise InputError `token-outputs` unless a graph says which tokens it kept."""
-    if graph in manifest.graphs and not any(t.name.startswith("kept_indices") for t in manifest.graphs[graph].outputs):
+    buckets = [] if manifest.adaptive is None else manifest.adaptive.buckets
+    last = buckets[0].graph if buckets and graph == "model" else graph
+    if last in manifest.graphs and not any(t.name.startswith("kept_indices") for t in manifest.graphs[last].outputs):
         pruned = bool(manifest.method.stages) and graph != "dense"
         raise InputError(
             f"graph '{graph}' does not say which patches it keeps, so there is nothing to draw",

@@ -11,8 +11,18 @@ from edgeprune.cli.ui import table
 from edgeprune.pruning import METHODS
 from edgeprune.pruning.base import RateUse, Reducer, Where
 from edgeprune.runtime.bundle import Bundle
-from edgeprune.runtime.manifest import Macs, Manifest, ParityInfo, StageInfo
+from edgeprune.runtime.manifest import (
+    AdaptiveInfo,
+    CalibrationInfo,
+    DensityInfo,
+    Macs,
+    Manifest,
+    ParityInfo,
+    StageInfo,
+)
 
+BARS = " ▁▂▃▄▅▆▇█"
+BINS = 32
 OTHERS = {
     Reducer.DROP.value: "dropped",
     Reducer.FUSE.value: "fused into one",
@@ -31,6 +41,8 @@ def summary(bundle: Bundle) -> list[tuple[str, Any]]:
         ("method", method_words(m)),
         ("target", f"{m.target} ({m.precision}), opset {m.opset}, batch {batch_words(m.batch)}"),
         ("graph", f"{m.lowering}, selection {m.selection}, dead rows {'left out' if m.dead_rows else 'computed'}"),
+        ("token counts", None if m.adaptive is None else adaptive_words(m.adaptive)),
+        ("keep rates", ", ".join(f"{d.keep_rate:g}" for d in m.densities) or None),
         ("MACs", None if m.macs is None else macs_words(m.macs, m.method.stages)),
         ("parity", None if m.parity is None else parity_words(m.parity)),
     ]
@@ -43,10 +55,76 @@ def plan_summary(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("model", plan["model"]),
         ("method", plan["method"] + options),
         ("target", f"{plan['target']}, opset {plan['opset']}, batch {batch_words(plan['batch'])}"),
+        ("token counts", plan["form"] and f"{plan['form']} {plan['buckets'] or ''}".rstrip()),
+        ("keep rates", ", ".join(plan["densities"]) or None),
         ("MACs", macs_words(Macs(**plan["macs"]), [StageInfo(**stage) for stage in plan["stages"]])),
         ("steps", "\n".join(plan["steps"])),
         ("files", ", ".join(plan["files"])),
     ]
+
+
+def adaptive_words(adaptive: AdaptiveInfo) -> str:
+    """Return how token counts that depend on the image run."""
+    if adaptive.form != "buckets":
+        return {
+            "slots": "as many slots as an image may need; those it does not need are masked",
+            "computed": "shapes follow the image, images run one by one",
+        }[adaptive.form]
+    sizes = ", ".join(str(bucket.capacities[0]) for bucket in adaptive.buckets)
+    fill = "masked" if adaptive.fill == "mask" else "filled with the next best tokens"
+    text = f"buckets of {sizes} patch tokens, free slots {fill}"
+    found = adaptive.calibration
+    return text if found is None else f"{text}; {found.expected_ms:.3g} ms expected per image, {found.threads} thread"
+
+
+def bucket_rows(adaptive: AdaptiveInfo) -> Table:
+    """Return the buckets with what calibration says of them."""
+    shown = table("bucket", ">slots per stage", "graph", ">share of images (%)", ">rest (ms)")
+    for number, bucket in enumerate(adaptive.buckets):
+        share = "" if bucket.share is None else f"{100 * bucket.share:.1f}"
+        latency = "" if bucket.latency_ms is None else f"{bucket.latency_ms:.3f}"
+        shown.add_row(str(number), ", ".join(map(str, bucket.capacities)), bucket.graph, share, latency)
+    return shown
+
+
+def calibration_rows(found: CalibrationInfo) -> list[tuple[str, Any]]:
+    """Return what calibration saw and expects: rows for `pairs`."""
+    held_out = None
+    if found.held_out_ms is not None and found.held_out_overflow is not None:
+        held_out = f"{found.held_out_ms:.3f} ms, {100 * found.held_out_overflow:.1f} % run again"
+    return [
+        ("calibrated on", f"{found.images} images of {found.data}; {found.cpu}, {found.threads} thread(s)"),
+        ("stem", f"{found.stem_ms:.3f} ms"),
+        ("expected", f"{found.expected_ms:.3f} ms per run; {100 * found.overflow:.1f} % run again in a larger bucket"),
+        ("images not chosen for", held_out),
+        ("rest by slots", ", ".join(f"{tokens}: {ms:.3f} ms" for tokens, ms in found.curve)),
+    ]
+
+
+def histogram_rows(found: CalibrationInfo, most: int) -> Table:
+    """Return a row per stage with the distribution of the tokens images keep, 0 to `most`."""
+    shown = table("stage", ">least", ">median", ">90 %", ">most", f"tokens kept, 0 to {most}")
+    for stage, counts in enumerate(found.histograms):
+        values = [count for count, images in counts for _ in range(images)]
+        at = [values[round(share * (len(values) - 1))] for share in (0.0, 0.5, 0.9, 1.0)]
+        bins = [0] * BINS
+        for count, images in counts:
+            bins[min(count * BINS // max(most, 1), BINS - 1)] += images
+        bars = "".join(BARS[-(-n * (len(BARS) - 1) // max(bins))] for n in bins)
+        shown.add_row(str(stage), *map(str, at), bars)
+    return shown
+
+
+def density_rows(densities: Sequence[DensityInfo]) -> Table:
+    """Return the keep rates of a bundle with their operations."""
+    shown = table(">keep rate", "graph", ">patch tokens kept", ">MACs/image (G)", ">fewer (x)")
+    for density in densities:
+        kept = ", ".join(str(stage.kept) for stage in density.stages) or "all"
+        macs = density.macs
+        shown.add_row(
+            f"{density.keep_rate:g}", density.graph, kept, f"{macs.pruned / 1e9:.3f}", f"{macs.dense / macs.pruned:.2f}"
+        )
+    return shown
 
 
 def stage_rows(stages: Sequence[StageInfo]) -> Table:

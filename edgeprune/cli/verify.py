@@ -9,6 +9,7 @@ import click
 
 from edgeprune.cli.common import BUNDLE, verb
 from edgeprune.cli.ui import Ui, pairs
+from edgeprune.runtime.manifest import ParityInfo
 
 
 @verb(
@@ -30,27 +31,35 @@ def command(
     loaded = load_bundle(bundle)
     from edgeprune.checks.parity import check_parity, model_from_manifest, verify_bundle
 
+    rates: list[float | None] = [d.keep_rate for d in loaded.manifest.densities] or [None]
+    found: dict[float | None, ParityInfo] = {}
     with ui.steps() as report:
         report("rebuilding the model in torch", 0.0)
         model = model_from_manifest(loaded.manifest, checkpoint)
-        report("comparing", 0.3)
-        parity = verify_bundle(loaded, model, images=images, seed=seed, tolerance=tolerance)
-    ui.results = {"bundle": str(bundle), "seed": seed, "parity": parity.model_dump()}
-    ui.data(
-        pairs(
-            [
-                ("images", f"{parity.images} (seed {seed})"),
-                ("max absolute error", f"{parity.max_abs_error:.2e}"),
-                ("max relative error", f"{parity.max_rel_error:.2e} (limit {parity.tolerance:g})"),
-                ("top-1 agreement", f"{parity.top1_agreement:.1%}"),
-                ("kept tokens the same", None if parity.kept_overlap is None else f"{parity.kept_overlap:.2%}"),
-                ("counts the same", None if parity.counts_agreement is None else f"{parity.counts_agreement:.1%}"),
-                ("undecided", f"{parity.undecided}, set aside and replaced" if parity.undecided else None),
-            ]
-        )
-    )
-    if parity.kept_overlap is None and loaded.manifest.method.stages:
+        for i, rate in enumerate(rates):
+            report("comparing", 0.3 + 0.7 * i / len(rates))
+            found[rate] = verify_bundle(loaded, model, images=images, seed=seed, tolerance=tolerance, density=rate)
+    ui.results = {"bundle": str(bundle), "seed": seed, "parity": found[rates[0]].model_dump()}
+    if len(rates) > 1:
+        ui.results["densities"] = [{"keep_rate": r, "parity": p.model_dump()} for r, p in found.items()]
+    for rate, parity in found.items():
+        ui.data(pairs([*([("keep rate", f"{rate:g}")] if rate is not None else []), *parity_rows(parity, seed)]))
+    if found[rates[-1]].kept_overlap is None and loaded.manifest.method.stages:
         ui.note("kept tokens are not compared: the bundle was exported without --token-outputs")
-    check_parity(parity, loaded.manifest.precision)
+    for parity in found.values():
+        check_parity(parity, loaded.manifest.precision)
     ui.note("PASSED: the bundle agrees with PyTorch")
     return ui.results
+
+
+def parity_rows(parity: ParityInfo, seed: int) -> list[tuple[str, str | None]]:
+    """Return how well a bundle agrees with PyTorch: rows for `pairs`."""
+    return [
+        ("images", f"{parity.images} (seed {seed})"),
+        ("max absolute error", f"{parity.max_abs_error:.2e}"),
+        ("max relative error", f"{parity.max_rel_error:.2e} (limit {parity.tolerance:g})"),
+        ("top-1 agreement", f"{parity.top1_agreement:.1%}"),
+        ("kept tokens the same", None if parity.kept_overlap is None else f"{parity.kept_overlap:.2%}"),
+        ("counts the same", None if parity.counts_agreement is None else f"{parity.counts_agreement:.1%}"),
+        ("undecided", f"{parity.undecided}, set aside and replaced" if parity.undecided else None),
+    ]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,14 @@ import numpy as np
 from edgeprune.data.preprocess import as_input, batches, load_image, preprocess
 from edgeprune.errors import InputError
 from edgeprune.runtime.bundle import Bundle, load_bundle
+from edgeprune.runtime.governor import Policy
 from edgeprune.runtime.manifest import Manifest
 from edgeprune.runtime.opener import Opener
+from edgeprune.runtime.pace import DensityStep, Pace
 from edgeprune.runtime.prefetch import prepare_ahead
-from edgeprune.runtime.router import BUCKET, IMAGES, KEPT, KEPT_COUNTS, OVERFLOW, Trace
+from edgeprune.runtime.router import BUCKET, IMAGES, KEPT, KEPT_COUNTS, OVERFLOW, Runner, Trace
+
+COST_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,14 @@ class Prediction:
         top: (class index, label or None, probability), most probable first.
         kept: per stage [K] int32 as in `Result.kept`.
         overflow: the image wanted more tokens than a stage has slots.
+        bucket: the bucket it ended in, None for a bundle without.
     """
 
     path: Path
     top: list[tuple[int, str | None, float]]
     kept: list[np.ndarray] = field(default_factory=list)
     overflow: bool = False
+    bucket: int | None = None
 
 
 class Session:
@@ -75,11 +82,13 @@ class Session:
             when several sessions live in one process.
         check_hashes: compare every file's sha256 before use; see `load_bundle`.
         density: keep rate to start with, of a bundle that holds several; None takes the first.
+        deadline_ms: milliseconds a run shall take; a governor then chooses the density, see `Pace` and `Policy`. Every
+            density is run a few times first, to know what it costs here.
         prepack: see `OrtBackend`; None says no for a bundle with several graphs of the same weights beside a stem.
 
     Raises:
-        InputError: those of `load_bundle`; `graph-missing`, `graph-invalid`, `threads`, `density`; `bundle-tampered`
-            when a graph's inputs and outputs are not those the manifest lists.
+        InputError: those of `load_bundle`; `graph-missing`, `graph-invalid`, `threads`, `density`, `deadline`;
+            `bundle-tampered` when a graph's inputs and outputs are not those the manifest lists.
         EnvironmentLackError: `package-missing`; `target-not-runnable` for a target this version cannot run.
     """
 
@@ -92,6 +101,7 @@ class Session:
         spinning: bool = True,
         check_hashes: bool = True,
         density: float | None = None,
+        deadline_ms: float | Policy | None = None,
         prepack: bool | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, check_hashes=check_hashes)
@@ -99,9 +109,14 @@ class Session:
             raise InputError(f"{threads} threads", code="threads", expected="0 (every core) or more")
         opener = Opener(self.bundle, {"threads": threads, "spinning": spinning}, prepack)
         self._runners = opener.runners(graph)
-        self._density, self._runner = next(iter(self._runners.items()))
+        # one attribute for both, so that a run in another thread never sees half a switch
+        self._chosen: tuple[float | None, Runner] = next(iter(self._runners.items()))
+        self._pace: Pace | None = None
         if density is not None:
             self.density = density
+        if deadline_ms is not None:
+            policy = deadline_ms if isinstance(deadline_ms, Policy) else Policy(deadline_ms)
+            self._pace = Pace(policy, self._costs_ms(), 1.0 if self.density is None else self.density)
 
     @property
     def density(self) -> float | None:
@@ -110,10 +125,16 @@ class Session:
         Raises:
             InputError: `density` when the bundle does not hold the keep rate.
         """
-        return self._density
+        return self._chosen[0]
 
     @density.setter
     def density(self, keep_rate: float) -> None:
+        if self._pace is not None:
+            raise InputError(
+                "the density follows the deadline",
+                code="density",
+                expected="a session without deadline_ms to set it by hand",
+            )
         if keep_rate not in self._runners:
             held = ", ".join(f"{rate:g}" for rate in self.densities)
             raise InputError(
@@ -123,7 +144,27 @@ class Session:
                 hint="export with all of them: --keep-rate 1.0,0.7,0.5",
                 details={"density": keep_rate, "densities": list(self.densities)},
             )
-        self._density, self._runner = keep_rate, self._runners[keep_rate]
+        self._take(keep_rate)
+
+    def _take(self, keep_rate: float) -> None:
+        self._chosen = (keep_rate, self._runners[keep_rate])
+
+    @property
+    def density_steps(self) -> list[DensityStep]:
+        """The changes of density a deadline has caused, oldest first; the newest thousand."""
+        return [] if self._pace is None else list(self._pace.steps)
+
+    def _costs_ms(self) -> dict[float, float]:
+        """Return what a run takes at every density: the fastest of a few, after one to warm up."""
+        images, costs = np.zeros((self.manifest.batch[0], *self.sides), np.float32), {}
+        for rate in self.densities:
+            times = []
+            for _ in range(COST_RUNS + 1):
+                begin = perf_counter()
+                self._runners[rate].run(images)
+                times.append((perf_counter() - begin) * 1000)
+            costs[rate] = min(times[1:])
+        return costs
 
     @property
     def densities(self) -> tuple[float, ...]:
@@ -138,8 +179,8 @@ class Session:
     @property
     def sides(self) -> list[int]:
         """Channels, height and width of an input."""
-        first = next(info for info in self.manifest.graphs.values() if info.inputs[0].name == IMAGES)
-        return first.inputs[0].shape[1:]
+        inputs = (tensor for graph in self.manifest.graphs.values() for tensor in graph.inputs)
+        return next(tensor.shape[1:] for tensor in inputs if tensor.name == IMAGES)
 
     @property
     def labels(self) -> list[str] | None:
@@ -156,7 +197,12 @@ class Session:
         Raises:
             InputError: `input-dtype`, `input-shape`.
         """
-        outputs = self._runner.run(self._checked(images), trace)
+        images = self._checked(images)
+        density, runner = self._chosen
+        begin = perf_counter()
+        outputs = runner.run(images, trace)
+        if self._pace is not None and density is not None:
+            self._take(self._pace.after(density, (perf_counter() - begin) * 1000))
         kept = [value for name, value in outputs.items() if name.startswith(KEPT)]  # in the order of the stages
         overflow = outputs.get(OVERFLOW)
         return Result(
@@ -218,7 +264,8 @@ class Session:
             for i, file in enumerate(group):
                 kept = [stage[i] for stage in result.kept]
                 over = result.overflow is not None and bool(result.overflow[i])
-                found.append(Prediction(file, self._top(result.logits[i], top), kept, over))
+                bucket = None if result.bucket is None else int(result.bucket[i])
+                found.append(Prediction(file, self._top(result.logits[i], top), kept, over, bucket))
         return found
 
     def _top(self, logits: np.ndarray, top: int) -> list[tuple[int, str | None, float]]:
