@@ -7,6 +7,7 @@ the first bucket that holds this, and the next one whenever a later stage turns 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,7 @@ Buckets = tuple[Bucket, ...]
 Counts = NDArray[np.integer[Any]]
 
 MAX_BUCKETS = 64
-QUANTILES = (1.0, 0.99, 0.95, 0.9)
+MARGINS = (1.0, 0.99, 0.95, 0.9, 1.05, 1.1, 1.2, math.inf)
 TIE = 1e-12  # relative; sums of the same latencies in another order differ by less
 
 
@@ -185,12 +186,13 @@ def choose_buckets(
     latency: LatencyModel,
     *,
     multiple: int = 1,
-    quantiles: Sequence[float] = QUANTILES,
+    margins: Sequence[float] = MARGINS,
 ) -> Buckets:
     """Return the buckets with the least expected latency on these images; fewer when more do not help.
 
-    First capacities are observed counts. Later ones are a quantile of what the images that fit the first one keep,
-    the same quantile for all buckets; for each quantile the choice is exact, runs that overflow included.
+    First capacities are observed counts. Later ones are a quantile of what the images that fit the first one keep, or
+    more than the most of it, by the same margin for all buckets; for each margin the choice is exact, runs that
+    overflow included.
 
     Args:
         counts: tokens that each image keeps at each stage [n, S], non-increasing along a row.
@@ -198,7 +200,8 @@ def choose_buckets(
         number: buckets at most, the full one included.
         latency: of a run of the rest.
         multiple: capacities are rounded up to it, up to the slots.
-        quantiles: what to try for the later capacities; of equal ones the first wins.
+        margins: what to try for the later capacities; of equal ones the first wins. Up to 1 a quantile, above 1 so
+            many times the most, infinite never overflows.
 
     Raises:
         InputError: `calibration` when the counts are not such counts, `buckets` when a number is out of range.
@@ -213,7 +216,7 @@ def choose_buckets(
     kept = _checked(counts, slots)
     firsts = np.unique(np.minimum(_round_up(kept[:, 0], multiple), slots[0]))
     options: list[tuple[float, Buckets]] = []
-    for rows in _candidates(kept, firsts, slots, multiple, quantiles):
+    for rows in _candidates(kept, firsts, slots, multiple, margins):
         options += [(cost, tuple(rows[j] for j in path)) for cost, path in _cheapest(kept, rows, number, latency)]
     limit = min(cost for cost, _ in options) * (1 + TIE)
     return min((buckets for cost, buckets in options if cost <= limit), key=len)
@@ -226,6 +229,7 @@ def given_buckets(
     counts: Counts | None = None,
     multiple: int = 1,
     latency: LatencyModel | None = None,
+    margins: Sequence[float] = MARGINS,
 ) -> Buckets:
     """Return the buckets with the first capacities a user asks for, and the full one behind them.
 
@@ -237,6 +241,7 @@ def given_buckets(
         counts: tokens that each image keeps at each stage [n, S]; later capacities are then chosen for them.
         multiple: later capacities that are chosen are rounded up to it.
         latency: of a run of the rest.
+        margins: as in `choose_buckets`.
 
     Raises:
         InputError: `buckets` when the first capacities are no such numbers, `calibration` for the counts.
@@ -263,7 +268,7 @@ def given_buckets(
     if not partial:
         return (slots,)
     kept, model = _checked(counts, slots), latency
-    options = _candidates(kept, np.asarray(partial), slots, multiple, QUANTILES)
+    options = _candidates(kept, np.asarray(partial), slots, multiple, margins)
     return min(options, key=lambda buckets: simulate(kept, buckets, model).expected_ms)
 
 
@@ -345,12 +350,14 @@ def _round_up(tokens: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
 
 
 def _candidates(
-    kept: NDArray[np.int64], firsts: NDArray[np.int64], slots: Bucket, multiple: int, quantiles: Sequence[float]
+    kept: NDArray[np.int64], firsts: NDArray[np.int64], slots: Bucket, multiple: int, margins: Sequence[float]
 ) -> Iterator[Buckets]:
-    """Yield for each quantile the nested buckets with these first capacities (ascending), then the full one."""
+    """Yield for each margin the nested buckets with these first capacities (ascending), then the full one."""
     # A first capacity below all images is sized for the nearest of them.
     within = [kept[kept[:, 0] <= max(c, kept[:, 0].min())] for c in firsts]
-    wanted = np.stack([np.quantile(some, quantiles, axis=0, method="higher") for some in within], axis=1)
+    shares, factors = np.minimum(margins, 1.0), np.clip(margins, 1.0, slots[0])
+    wanted = np.stack([np.quantile(some, shares, axis=0, method="higher") for some in within], axis=1)
+    wanted = np.ceil(np.maximum(wanted, 1) * factors[:, None, None]).astype(np.int64)
     sizes = np.minimum(_round_up(wanted, multiple), np.minimum.outer(firsts, np.asarray(slots)))
     sizes[..., 0] = firsts
     for nested in np.maximum.accumulate(sizes, axis=1).tolist():

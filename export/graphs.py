@@ -139,8 +139,8 @@ class GraphWriter:
             try:
                 infos, calibration = calibrate(
                     model, asked, request.calibration, rests.calls(), preprocessing,
-                    images=request.calibration_images, multiple=resolved.target.bucket_multiple,
-                    batch=len(images), threads=THREADS, report=report,
+                    fill=request.fill == "next-best", images=request.calibration_images,
+                    multiple=resolved.target.bucket_multiple, batch=len(images), threads=THREADS, report=report,
                 )  # fmt: skip
             finally:
                 rests.remove()

@@ -89,14 +89,13 @@ def bucket_rows(adaptive: AdaptiveInfo) -> Table:
 
 def calibration_rows(found: CalibrationInfo) -> list[tuple[str, Any]]:
     """Return what calibration saw and expects: rows for `pairs`."""
-    held_out = None
-    if found.held_out_ms is not None and found.held_out_overflow is not None:
-        held_out = f"{found.held_out_ms:.3f} ms, {100 * found.held_out_overflow:.1f} % run again"
+    others = found.held_out_overflow
     return [
         ("calibrated on", f"{found.images} images of {found.data}; {found.cpu}, {found.threads} thread(s)"),
         ("stem", f"{found.stem_ms:.3f} ms"),
-        ("expected", f"{found.expected_ms:.3f} ms per run; {100 * found.overflow:.1f} % run again in a larger bucket"),
-        ("images not chosen for", held_out),
+        ("expected", f"{found.expected_ms:.3f} ms per run"),
+        ("run again", f"{100 * found.overflow:.1f} % of these images, in a larger bucket"),
+        ("of other images", None if others is None else f"{100 * others:.1f} %, cross-validated"),
         ("rest by slots", ", ".join(f"{tokens}: {ms:.3f} ms" for tokens, ms in found.curve)),
     ]
 

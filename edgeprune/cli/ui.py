@@ -144,5 +144,13 @@ def pairs(rows: Sequence[tuple[str, Any]]) -> Table:
     return made
 
 
+class _PlainConsole(Console):
+    """A console that leaves a broken pipe to the caller instead of ending the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise it again."""
+        raise BrokenPipeError
+
+
 def _console(stream: TextIO) -> Console:
-    return Console(file=stream, width=None if stream.isatty() else WIDE)
+    return _PlainConsole(file=stream, width=None if stream.isatty() else WIDE)

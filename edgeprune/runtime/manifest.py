@@ -92,10 +92,9 @@ class CalibrationInfo(_Model):
         curve: measured (slots at every stage, milliseconds of one run of the rest).
         stem_ms: milliseconds of one run of the stem.
         expected_ms: mean over the images of stem and rest, runs that overflow included.
-        held_out_ms, held_out_overflow: the same, and the share of images that run again, for images the buckets were
-            not chosen by (two halves, each judged by the buckets of the other); None for buckets that were given
-            without a choice left.
-        overflow: share of the calibration images that run again in a larger bucket.
+        overflow: share of these images that run again in a larger bucket.
+        held_out_overflow: the same of images the buckets were not chosen by (two halves, each judged by the buckets of
+            the other): what to expect of others. None with filled slots, whose buckets are tried out instead.
         batch, threads: of the measured runs.
         cpu: processor they were measured on.
     """
@@ -107,7 +106,6 @@ class CalibrationInfo(_Model):
     stem_ms: Milliseconds
     expected_ms: Milliseconds
     overflow: Share
-    held_out_ms: Milliseconds | None = None
     held_out_overflow: Share | None = None
     batch: int
     threads: int

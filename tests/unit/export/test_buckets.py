@@ -142,9 +142,7 @@ def test_one_stage_is_optimal_among_all_bucket_lists(problem: Problem, number: i
 def test_several_stages_are_optimal_for_a_quantile_with_reruns(
     problem: Problem, number: int, q: float, multiple: int
 ) -> None:
-    chosen = bk.choose_buckets(
-        problem.counts, problem.slots, number, problem.latency, multiple=multiple, quantiles=(q,)
-    )
+    chosen = bk.choose_buckets(problem.counts, problem.slots, number, problem.latency, multiple=multiple, margins=(q,))
     kept = np.minimum(problem.counts, problem.slots)
     firsts = sorted({min(up(n, multiple), problem.slots[0]) for n in kept[:, 0].tolist()})
     costs = {
@@ -169,7 +167,7 @@ def test_chosen_buckets_are_nested_used_and_end_with_the_slots(problem: Problem,
 @given(problems())
 def test_more_buckets_or_quantiles_are_never_worse(problem: Problem) -> None:
     def cost(number: int, quantiles: tuple[float, ...]) -> float:
-        chosen = bk.choose_buckets(problem.counts, problem.slots, number, problem.latency, quantiles=quantiles)
+        chosen = bk.choose_buckets(problem.counts, problem.slots, number, problem.latency, margins=quantiles)
         return bk.simulate(problem.counts, chosen, problem.latency).expected_ms
 
     by_number = [cost(number, (1.0, 0.7)) for number in range(1, 6)]
@@ -186,7 +184,7 @@ def test_the_quantile_trades_reruns_for_tight_capacities() -> None:
 
 def test_buckets_stay_nested_where_the_quantile_falls() -> None:
     counts = np.array([[2, 2], [4, 1], [4, 1], [4, 1]])
-    chosen = bk.choose_buckets(counts, (8, 8), 3, Linear(0, (1, 1)), quantiles=(0.5,))
+    chosen = bk.choose_buckets(counts, (8, 8), 3, Linear(0, (1, 1)), margins=(0.5,))
     assert chosen == ((2, 2), (4, 2), (8, 8))
 
 
