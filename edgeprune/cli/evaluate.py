@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from rich.table import Table
 
 from edgeprune.cli.common import BUNDLE, GRAPHS, verb
 from edgeprune.cli.ui import Ui, table
-from edgeprune.runtime.manifest import Manifest
 
 
 @verb("evaluate", "Top-1 and top-5 of a bundle's pruned and dense graphs on labelled images.")
@@ -23,6 +21,7 @@ from edgeprune.runtime.manifest import Manifest
 def command(ui: Ui, bundle: Path, data: str, graph: tuple[str, ...], limit: int | None) -> dict[str, Any]:
     """Print the accuracies; of an adaptive method also what its images kept and cost on average."""
     from edgeprune.checks.accuracy import evaluate
+    from edgeprune.checks.parity import macs_by_counts
     from edgeprune.data import open_dataset
     from edgeprune.runtime.bundle import load_bundle
     from edgeprune.runtime.session import Session
@@ -51,16 +50,6 @@ def command(ui: Ui, bundle: Path, data: str, graph: tuple[str, ...], limit: int 
     if loaded.manifest.weights.source == "random":
         ui.note("random weights: these accuracies mean nothing")
     return {"bundle": str(bundle), "data": data, "graphs": found}
-
-
-def macs_by_counts(manifest: Manifest) -> Callable[[tuple[int, ...]], float]:
-    """Return a function from an image's token counts per stage to its multiply-accumulates."""
-    from edgeprune.checks.parity import config_from_manifest, stages_from_manifest
-    from edgeprune.export.plan import macs_at
-
-    config = config_from_manifest(manifest)
-    stages = stages_from_manifest(manifest.method, config)
-    return lambda counts: macs_at(config, stages, counts)
 
 
 def accuracy_rows(found: dict[str, dict[str, Any]], *, adaptive: bool) -> Table:
