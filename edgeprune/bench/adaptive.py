@@ -54,6 +54,7 @@ class RunGroup:
         p90_ms: as far as the number of runs carries it.
         expected_ms: stem and one run of the rest, as calibrated.
         ratio: median / expected, None where the calibration cannot be compared.
+        wall_ms: raw samples in the order they were taken.
     """
 
     name: str
@@ -67,6 +68,7 @@ class RunGroup:
     max_ms: float | None
     expected_ms: float | None
     ratio: float | None
+    wall_ms: list[float]
 
 
 @dataclass(frozen=True)
@@ -253,4 +255,5 @@ def _row(name: str, runs: Sequence[Run]) -> RunGroup:
         max_ms=max(ms) if ms else None,
         expected_ms=None,
         ratio=None,
+        wall_ms=ms,
     )

@@ -92,8 +92,7 @@ def bench_bundle(
         watch = _MachineWatch(progress)
         measurement = measure(contest.runners, plan, clock=clock, progress=watch.step)
         machine = watch.result()
-        extras = _extras(manifest, contest, measurement, batch)
-        extras = replace(extras, switch_us=switch_us(session))
+        extras = replace(_extras(manifest, contest, measurement, batch), switch_us=switch_us(session))
         if callers is not None:
             watch.step("several callers", 0.0)
             take_density(session, next(iter(pruned_runners(manifest).values())))

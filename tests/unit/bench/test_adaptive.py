@@ -58,6 +58,7 @@ def test_buckets_have_a_row_each_beside_the_calibration() -> None:
     assert (small.capacities, small.tokens, small.runs) == ([4, 4], (2, 4), 3)
     assert (small.share, small.calibration_share) == (0.75, 0.75)
     assert (small.median_ms, small.max_ms) == pytest.approx((3.3, 3.6))
+    assert small.wall_ms == pytest.approx([3.0, 3.6, 3.3])
     assert (small.expected_ms, small.ratio) == pytest.approx((3.0, 1.1))
     assert (large.expected_ms, large.ratio) == pytest.approx((5.0, 1.2))
 
