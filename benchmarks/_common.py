@@ -23,7 +23,8 @@ from edgeprune.bench import stats
 from edgeprune.bench.bench import ratio_clock
 from edgeprune.bench.fingerprint import read_cpu_times, take_fingerprint, usable_cores
 from edgeprune.bench.measure import QUICK, Measurement, MeasurePlan, Runner, measure
-from edgeprune.bench.result import RatioClock, format_ratio
+from edgeprune.bench.report import format_ratio
+from edgeprune.bench.result import RatioClock
 from edgeprune.bench.stats import Ratio
 from edgeprune.errors import missing_package
 from edgeprune.export import ExportRequest, export_model

@@ -36,9 +36,9 @@ from _common import (
     write_result,
 )
 
-from edgeprune.bench.bench import session_runner
 from edgeprune.bench.measure import MeasurePlan, Runner
 from edgeprune.bench.naive import export_naive
+from edgeprune.bench.runners import session_runner
 from edgeprune.export import ExportRequest, load_torch_model
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning.dynamicvit import PredictorScorer

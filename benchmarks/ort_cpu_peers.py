@@ -31,9 +31,9 @@ from _common import (
 )
 from _peers import MergingViT, OfficialStyleDynamicViT
 
-from edgeprune.bench.bench import onnx_runner, session_runner
 from edgeprune.bench.measure import Runner
 from edgeprune.bench.naive import Exporter, export_naive
+from edgeprune.bench.runners import onnx_runner, session_runner
 from edgeprune.export import ExportRequest, load_torch_model
 from edgeprune.models.registry import get_model_config
 

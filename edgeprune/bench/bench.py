@@ -10,22 +10,25 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from edgeprune.bench import fingerprint as env
-from edgeprune.bench.measure import QUICK, Clock, MeasurePlan, Progress, Runner, measure
+from edgeprune.bench.adaptive import RunSetting, mean_macs, summarise_runs
+from edgeprune.bench.callers import BLOCKS, measure_callers
+from edgeprune.bench.images import make_images
+from edgeprune.bench.measure import QUICK, Clock, Measurement, MeasurePlan, Progress, measure
 from edgeprune.bench.naive import export_naive_dense
-from edgeprune.bench.result import BenchResult, BenchSetting, MachineResult, RatioClock, summarise
-from edgeprune.checks.parity import config_from_manifest
+from edgeprune.bench.result import BenchResult, BenchSetting, Extras, MachineResult, RatioClock
+from edgeprune.bench.runners import Contest, switch_us, take_density
+from edgeprune.bench.stats import MIN_BLOCKS
+from edgeprune.bench.summary import pruned_runners, summarise
+from edgeprune.checks.parity import config_from_manifest, macs_by_counts
 from edgeprune.errors import InputError
 from edgeprune.runtime.bundle import Bundle, load_bundle
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from edgeprune.runtime.manifest import Manifest
+from edgeprune.runtime.processor import processor_name
 
 BASELINES = ("dense", "random", "naive")
+IMAGES, QUICK_IMAGES = 16, 8
 
 
 def bench_bundle(
@@ -37,11 +40,17 @@ def bench_bundle(
     duration: float | None = None,
     quick: bool = False,
     against: Sequence[str] = ("dense", "random"),
+    data: str | None = None,
+    images: int | None = None,
+    callers: int | None = None,
     seed: int = 0,
     clock: Clock | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Measure a bundle's pruned graph and its baselines interleaved.
+
+    Where the image decides how many tokens stay, a sample is a pass over all images, divided by its runs, so that
+    all graphs are measured on the same images. Other graphs take as long for any image and run one batch.
 
     Args:
         bundle: a bundle or its directory.
@@ -51,73 +60,72 @@ def bench_bundle(
         duration: seconds of measuring, warm-up not included; 10 by default, 3 when quick.
         quick: a short run, marked as such.
         against: "dense" and "random" from the bundle, "naive" exported on the spot (needs torch).
+        data: "digits" or "imagefolder:PATH"; None makes noise.
+        images: of a pass over an adaptive bundle and of the callers, rounded up to full batches; 16 by default, 8 when
+            quick.
+        callers: also measure so many threads on one session, beside a single one.
         seed: of the images, the naive model's weights and the bootstrap.
         clock: source of time.
         progress: called with (step, share done).
 
     Raises:
-        InputError: `bench-against` for an unknown baseline, `bench-batch`, `bench-naive`, or what the session
-            refuses.
+        InputError: `bench-against` for an unknown baseline, `bench-batch`, `bench-naive`, `bench-images`,
+            `bench-callers`, or what the session or opening the data refuses.
+        CheckFailed: `bench-callers` when callers at once get other results than a single one.
         EnvironmentLackError: `package-missing` without onnxruntime, or without torch when "naive" is asked.
     """
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    _check_request(bundle, batch, against)
+    _check_request(bundle, batch, against, callers)
     manifest = bundle.manifest
-    config = manifest.preprocessing
-    images = np.random.default_rng(seed).standard_normal((batch, 3, *config.image_size), dtype=np.float32)
+    count = (QUICK_IMAGES if quick else IMAGES) if images is None else images
+    inputs = make_images(data, manifest.preprocessing, count=count, batch=batch, seed=seed)
+    sample = inputs.first() if manifest.adaptive is None else inputs
     plan = QUICK if quick else MeasurePlan()
     plan = replace(plan, rounds=rounds, duration_s=plan.duration_s if duration is None else duration)
     with ExitStack() as stack:
-        runners, warnings = bundle_runners(bundle, images, threads=threads, against=against)
+        contest = Contest(sample, threads)
+        session = contest.add_bundle(bundle, against)
         if "naive" in against:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-naive-"))
             path = export_naive_dense(config_from_manifest(manifest), Path(directory), batch=batch, seed=seed)
-            runners["naive"] = onnx_runner(path, images, threads=threads)
+            contest.add_onnx("naive", path)
         watch = _MachineWatch(progress)
-        measurement = measure(runners, plan, clock=clock, progress=watch.step)
+        measurement = measure(contest.runners, plan, clock=clock, progress=watch.step)
+        machine = watch.result()
+        extras = replace(_extras(manifest, contest, measurement, batch), switch_us=switch_us(session))
+        if callers is not None:
+            watch.step("several callers", 0.0)
+            take_density(session, next(iter(pruned_runners(manifest).values())))
+            blocks = max(1, rounds // 2) if rounds else MIN_BLOCKS if quick else BLOCKS
+            several = measure_callers(session.run, inputs.batches, callers, blocks=blocks, seed=seed)
+            extras = replace(extras, callers=several)
+    runs = len(sample.batches)
     return summarise(
         manifest,
-        measurement,
-        BenchSetting(batch, threads, quick, seed, ratio_clock(threads)),
-        machine=watch.result(),
+        measurement.per_run(runs),
+        BenchSetting(batch, threads, quick, seed, ratio_clock(threads), sample.data, sample.different, runs),
+        machine=machine,
         fingerprint=env.take_fingerprint().to_dict(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        warnings=warnings,
+        warnings=contest.warnings,
+        extras=extras,
     )
 
 
-def bundle_runners(
-    bundle: Bundle, images: NDArray[np.float32], *, threads: int, against: Sequence[str] = ("dense", "random")
-) -> tuple[dict[str, Runner], list[str]]:
-    """Return the runners of a bundle's graphs, dense first, and warnings about those it does not hold."""
-    has = bundle.manifest.graphs
-    if bundle.manifest.method.stages:
-        graphs = {"dense": "dense", "pruned": "model", "random": "random"}
-        wanted = [name for name in graphs if name == "pruned" or name in against]
-    else:  # the only graph of a dense bundle is the dense one
-        graphs, wanted = {"dense": "model"}, ["dense"]
-    missing = [name for name in wanted if graphs[name] not in has]
-    runners = {
-        name: session_runner(bundle, graphs[name], images, threads=threads) for name in wanted if name not in missing
-    }
-    return runners, [f"the bundle holds no {name} graph; it was not measured" for name in missing]
-
-
-def session_runner(bundle: Bundle, graph: str, images: NDArray[np.float32], *, threads: int) -> Runner:
-    """Return a runner of one graph of a bundle; its session does not spin between runs."""
-    from edgeprune.runtime.session import Session
-
-    session = Session(bundle, graph=graph, threads=threads, spinning=False, check_hashes=False)
-    return lambda: session.run(images)
-
-
-def onnx_runner(path: Path, images: NDArray[np.float32], *, threads: int) -> Runner:
-    """Return a runner of an ONNX file in ONNX Runtime's defaults, without spinning between runs."""
-    from edgeprune.runtime.ort import OrtBackend
-
-    backend = OrtBackend(path, threads=threads, spinning=False)
-    feeds = {backend.inputs[0].name: images}
-    return lambda: backend.run(feeds)
+def _extras(manifest: Manifest, contest: Contest, measurement: Measurement, batch: int) -> Extras:
+    """Return what the sessions tell beside their times."""
+    runs = {name: log.measured(measurement.warmup_rounds) for name, log in contest.logs.items()}
+    adaptive, macs = None, {}
+    if manifest.adaptive is not None and runs:
+        stages = {d.keep_rate: d.stages for d in manifest.densities} | {None: manifest.method.stages}
+        rates = pruned_runners(manifest)
+        first = next(iter(runs))
+        setting = RunSetting(first, contest.images.different, batch, contest.threads, processor_name())
+        slots = [stage.kept for stage in stages[rates[first]]]
+        adaptive = summarise_runs(manifest.adaptive, slots, runs[first], setting)
+        if manifest.model.config is not None:
+            macs = {name: mean_macs(r, macs_by_counts(manifest, stages[rates[name]])) for name, r in runs.items()}
+    return Extras(adaptive, macs, memory=contest.memory)
 
 
 def ratio_clock(threads: int) -> RatioClock:
@@ -130,7 +138,7 @@ def ratio_clock(threads: int) -> RatioClock:
     return "cpu" if threads == 1 and fine else "wall"
 
 
-def _check_request(bundle: Bundle, batch: int, against: Sequence[str]) -> None:
+def _check_request(bundle: Bundle, batch: int, against: Sequence[str], callers: int | None) -> None:
     unknown = [name for name in against if name not in BASELINES]
     if unknown:
         raise InputError(
@@ -145,6 +153,8 @@ def _check_request(bundle: Bundle, batch: int, against: Sequence[str]) -> None:
             expected="a bundle of a model that `edgeprune models` lists",
             hint="bench without the naive baseline",
         )
+    if callers is not None and callers < 2:
+        raise InputError(f"{callers} callers at once", code="bench-callers", expected="at least 2")
     low, high = bundle.manifest.batch
     if not low <= batch <= high:
         raise InputError(

@@ -100,6 +100,14 @@ def read_mhz() -> float | None:
     return None if khz is None else khz / 1000
 
 
+def read_pss_mib() -> float | None:
+    """Return the resident memory of this process in MiB, shared pages by their share; None where unreadable."""
+    for line in _read("/proc/self/smaps_rollup").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    return None
+
+
 @dataclass(frozen=True)
 class CpuTimes:
     """Seconds since the machine started, summed over its cores.

@@ -11,8 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 from numpy import median
 
@@ -21,6 +21,7 @@ from edgeprune.errors import InputError
 
 Runner = Callable[[], object]
 Progress = Callable[[str, float], None]
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -99,8 +100,16 @@ class Measurement:
     warm: bool
     elapsed_s: float
 
+    def per_run(self, runs: int) -> Measurement:
+        """Return a measurement of calls of several runs as one of the mean run of each call."""
+        samples = {
+            name: Samples([ms / runs for ms in s.wall_ms], [ms / runs for ms in s.cpu_ms])
+            for name, s in self.samples.items()
+        }
+        return replace(self, samples=samples)
 
-def round_order(names: list[str], round_index: int) -> list[str]:
+
+def round_order(names: list[T], round_index: int) -> list[T]:
     """Return the order of a round: forwards in even rounds, backwards in odd ones."""
     return names if round_index % 2 == 0 else names[::-1]
 

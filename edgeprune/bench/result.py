@@ -1,29 +1,18 @@
-"""The result of a bench as data, and how it is worked out of a measurement: all pure functions."""
+"""The result of a bench as data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from numpy import float64
-from numpy.typing import NDArray
-
-from edgeprune.bench import stats
-from edgeprune.bench.measure import Measurement, Samples
+from edgeprune.bench.adaptive import AdaptiveResult
+from edgeprune.bench.callers import CallersResult
+from edgeprune.bench.images import NOISE
 from edgeprune.bench.stats import Percentile, Ratio
-from edgeprune.runtime.manifest import Manifest
 
 SCHEMA = "edgeprune-bench/1"
-MAX_REASONS = 4  # in the notes; the result holds all
 RatioClock = Literal["cpu", "wall"]
-_CLOCK_TEXTS: dict[RatioClock, str] = {"wall": "wall time", "cpu": "processor time"}
-LABELS = {
-    "dense": "dense graph of the same target",
-    "pruned": "pruned graph",
-    "random": "same token counts, constant positions, no scores",
-    "naive": "dense, torch.onnx export in its defaults, random weights",
-}
 
 
 @dataclass(frozen=True)
@@ -31,7 +20,8 @@ class RunnerResult:
     """One graph's samples and what they say.
 
     Attributes:
-        wall_ms, cpu_ms: raw samples, one run of the whole batch each.
+        wall_ms, cpu_ms: raw samples, one run of the whole batch each; of an adaptive bundle the mean run of one pass
+            over all images.
         percentiles: of the wall time, keys "p90", "p95", "p99".
         speedup: how many times faster than the dense graph, paired; None for the dense graph itself.
         outliers: samples above three times the median wall time; none is removed.
@@ -58,6 +48,8 @@ class MacsResult:
     """Multiply-accumulates of one image, in giga.
 
     Attributes:
+        pruned_g: where the image decides what is computed, the mean over the images measured.
+        dense_executed_g, pruned_executed_g: what the graphs compute; None where the image decides.
         ratio: dense / pruned as the literature counts both.
         ideal_speedup: dense / pruned as the two graphs execute them; time would follow it if every
             multiply-accumulate cost the same.
@@ -65,10 +57,40 @@ class MacsResult:
 
     dense_g: float
     pruned_g: float
-    dense_executed_g: float
-    pruned_executed_g: float
+    dense_executed_g: float | None
+    pruned_executed_g: float | None
     ratio: float
-    ideal_speedup: float
+    ideal_speedup: float | None
+
+
+@dataclass(frozen=True)
+class DensityResult:
+    """One keep rate of a bundle that holds several.
+
+    Attributes:
+        runner: its name among the runners; a keep rate that drops nothing is the dense graph.
+        macs: with what the density prunes, its own multiply-accumulates.
+        efficiency_nominal, efficiency_own: as of the whole result.
+    """
+
+    keep_rate: float
+    runner: str
+    macs: MacsResult | None
+    speedup: Ratio | None
+    efficiency_nominal: Ratio | None
+    efficiency_own: Ratio | None
+
+
+@dataclass(frozen=True)
+class MemoryResult:
+    """Resident memory of the process (Pss, MiB) before and after a session was opened, None where unreadable.
+
+    What sessions share, such as a file of weights, counts with the first of them.
+    """
+
+    session: str
+    before_mib: float | None
+    after_mib: float | None
 
 
 @dataclass(frozen=True)
@@ -94,13 +116,21 @@ class BenchResult:
 
     Attributes:
         clock: what ratios are made of: "cpu" (processor time, with one thread) or "wall".
-        speedup: dense / pruned, paired; None for a dense bundle.
+        data: what the images are: "noise", "digits", or "imagefolder:" with the directory's name.
+        images: different images of one sample.
+        runs_per_sample: runs a sample is the mean of; 1 unless the bundle is adaptive.
+        speedup: dense / pruned, paired; None for a dense bundle. With several densities, of the first that prunes.
         naive_over_dense, naive_over_pruned: paired ratios, None without the naive baseline.
         efficiency_nominal: measured speed-up / nominal MACs ratio.
         efficiency_own: measured speed-up / ratio of the MACs both graphs execute.
         selection_overhead: (pruned - random) / pruned, a share.
         random_weights: the weights were drawn at random; speed is real, outputs mean nothing.
         unstable: why not to trust the numbers; empty when they are steady.
+        adaptive: what images kept and their runs took, of a bundle where the image decides.
+        densities: in the order of the manifest; none when there is only one.
+        switch_us: median microseconds of setting a session's density.
+        memory: one entry per session, in the order they were opened.
+        callers: several threads on one session, when asked for.
     """
 
     schema: str
@@ -112,6 +142,9 @@ class BenchResult:
     quick: bool
     seed: int
     clock: RatioClock
+    data: str
+    images: int
+    runs_per_sample: int
     rounds: int
     blocks: int
     calls_per_visit: int
@@ -129,6 +162,11 @@ class BenchResult:
     warnings: list[str]
     machine: MachineResult
     fingerprint: dict[str, Any]
+    adaptive: AdaptiveResult | None = None
+    densities: list[DensityResult] = field(default_factory=list)
+    switch_us: float | None = None
+    memory: list[MemoryResult] = field(default_factory=list)
+    callers: CallersResult | None = None
 
     def runner(self, name: str) -> RunnerResult | None:
         """Return a graph's result by name, None when it was not measured."""
@@ -141,207 +179,28 @@ class BenchResult:
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """What was asked for; `clock` is the one ratios are made of."""
+    """What was asked for; `clock` is the one ratios are made of, the others are as in the result."""
 
     batch: int
     threads: int
     quick: bool
     seed: int
     clock: RatioClock
+    data: str = NOISE
+    images: int = 1
+    runs_per_sample: int = 1
 
 
-def summarise(
-    manifest: Manifest,
-    measurement: Measurement,
-    setting: BenchSetting,
-    *,
-    machine: MachineResult,
-    fingerprint: Mapping[str, Any],
-    created: str,
-    warnings: list[str] | None = None,
-) -> BenchResult:
-    """Work the result of a bench out of its samples.
+@dataclass(frozen=True)
+class Extras:
+    """What is measured beside the times of the runners, as in the result.
 
-    Args:
-        manifest: of the bundle.
-        measurement: of the runners "dense" and, as far as there are, "pruned", "random", "naive".
-        setting: batch, threads and the like.
-        machine: what else ran.
-        fingerprint: of the environment.
-        created: UTC time of the run.
-        warnings: to pass on.
+    Attributes:
+        mean_macs: pruned runner -> multiply-accumulates of an image, where the image decides.
     """
-    blocks = {name: _blocks(s, setting.clock, measurement) for name, s in measurement.samples.items()}
 
-    def ratio(top: str, bottom: str) -> Ratio | None:
-        if top not in blocks or bottom not in blocks:
-            return None
-        return stats.paired_ratio(blocks[top], blocks[bottom], seed=setting.seed)
-
-    speedup, rest = ratio("dense", "pruned"), ratio("random", "pruned")
-    macs = _macs(manifest) if "pruned" in blocks else None
-    return BenchResult(
-        schema=SCHEMA,
-        created=created,
-        bundle=_bundle_fields(manifest),
-        random_weights=manifest.weights.source == "random",
-        batch=setting.batch,
-        threads=setting.threads,
-        quick=setting.quick,
-        seed=setting.seed,
-        clock=setting.clock,
-        rounds=measurement.rounds,
-        blocks=measurement.rounds // 2,
-        calls_per_visit=measurement.calls_per_visit,
-        warmup_rounds=measurement.warmup_rounds,
-        elapsed_s=measurement.elapsed_s,
-        runners=[
-            _runner(name, samples, measurement, setting, ratio("dense", name) if name != "dense" else None)
-            for name, samples in measurement.samples.items()
-        ],
-        speedup=speedup,
-        naive_over_dense=ratio("naive", "dense"),
-        naive_over_pruned=ratio("naive", "pruned"),
-        macs=macs,
-        efficiency_nominal=speedup.scaled(1 / macs.ratio) if speedup and macs else None,
-        efficiency_own=speedup.scaled(1 / macs.ideal_speedup) if speedup and macs else None,
-        selection_overhead=rest.complement() if rest else None,
-        unstable=_unstable(measurement, machine),
-        warnings=[*manifest.warnings, *(warnings or [])],
-        machine=machine,
-        fingerprint=dict(fingerprint),
-    )
-
-
-def _blocks(samples: Samples, clock: RatioClock, measurement: Measurement) -> NDArray[float64]:
-    times = samples.cpu_ms if clock == "cpu" else samples.wall_ms
-    return stats.block_values(times, measurement.calls_per_visit)
-
-
-def _runner(
-    name: str, samples: Samples, measurement: Measurement, setting: BenchSetting, speedup: Ratio | None
-) -> RunnerResult:
-    median_wall = stats.median(samples.wall_ms)
-    return RunnerResult(
-        name=name,
-        label=LABELS.get(name, name),
-        n=len(samples.wall_ms),
-        median_wall_ms=median_wall,
-        median_cpu_ms=stats.median(samples.cpu_ms),
-        percentiles={f"p{q}": stats.percentile(samples.wall_ms, q) for q in stats.PERCENTILE_MIN_SAMPLES},
-        max_wall_ms=max(samples.wall_ms),
-        outliers=stats.count_outliers(samples.wall_ms),
-        cv_wall=stats.coefficient_of_variation(_blocks(samples, "wall", measurement)),
-        cv_cpu=stats.coefficient_of_variation(_blocks(samples, "cpu", measurement)),
-        images_per_s=setting.batch * 1000 / median_wall,
-        speedup=speedup,
-        wall_ms=samples.wall_ms,
-        cpu_ms=samples.cpu_ms,
-    )
-
-
-def _macs(manifest: Manifest) -> MacsResult | None:
-    macs = manifest.macs
-    if macs is None:
-        return None
-    return MacsResult(
-        dense_g=macs.dense / 1e9,
-        pruned_g=macs.pruned / 1e9,
-        dense_executed_g=macs.dense_executed / 1e9,
-        pruned_executed_g=macs.pruned_executed / 1e9,
-        ratio=macs.dense / macs.pruned,
-        ideal_speedup=macs.dense_executed / macs.pruned_executed,
-    )
-
-
-def _bundle_fields(manifest: Manifest) -> dict[str, Any]:
-    """Return what identifies the bundle in a report."""
-    return {
-        "model": manifest.model.name,
-        "parameters": manifest.model.parameters,
-        "method": manifest.method.model_dump(mode="json"),
-        "target": manifest.target,
-        "precision": manifest.precision,
-        "lowering": manifest.lowering,
-        "selection": manifest.selection,
-        "dead_rows": manifest.dead_rows,
-        "weights": manifest.weights.model_dump(mode="json"),
-        "tool_version": manifest.tool_version,
-    }
-
-
-def _unstable(measurement: Measurement, machine: MachineResult) -> list[str]:
-    reasons = []
-    if not measurement.warm:
-        reasons.append("times still moved when the warm-up ended")
-    for name, samples in measurement.samples.items():
-        for clock, text in _CLOCK_TEXTS.items():
-            reasons += stats.unstable_reasons(_blocks(samples, clock, measurement), what=f"{text} of {name}")
-    return [
-        *reasons,
-        *stats.machine_reasons(machine.other_cores, machine.steal),
-        *stats.clock_reasons(machine.mhz),
-    ]
-
-
-def report_table(result: BenchResult) -> list[dict[str, str]]:
-    """Return the rows of the result's table, dense first; the keys are the headings."""
-    macs = result.macs
-    per_graph = {
-        "dense": (f"{macs.dense_g:.2f}", "1.00", "1.00") if macs else None,
-        "pruned": (f"{macs.pruned_g:.2f}", f"{macs.ratio:.2f}", f"{macs.ideal_speedup:.2f}") if macs else None,
-    }
-    rows = []
-    for runner in result.runners:
-        giga, ratio, ideal = per_graph.get(runner.name) or ("", "", "")
-        rows.append(
-            {
-                "graph": runner.name,
-                "MACs/image (G)": giga,
-                f"median (ms, batch {result.batch})": f"{runner.median_wall_ms:.3f}",
-                "p90 (ms)": format_percentile(runner.percentiles["p90"]),
-                "p99 (ms)": format_percentile(runner.percentiles["p99"]),
-                "n": str(runner.n),
-                "MACs ratio (x)": ratio,
-                "ideal (x)": ideal,
-                "measured (x) [95 % CI]": format_ratio(runner.speedup) if runner.speedup else "1.00",
-            }
-        )
-    return rows
-
-
-def report_notes(result: BenchResult) -> list[str]:
-    """Return the sentences that belong under the table."""
-    clock = "processor time of one thread" if result.clock == "cpu" else "wall time"
-    notes = [
-        f"measured: dense time / this graph's time, paired over {result.blocks} interleaved blocks, {clock}; "
-        f"medians are wall time; {result.threads or 'all'} thread(s)"
-    ]
-    if result.efficiency_nominal and result.efficiency_own:
-        notes.append(f"efficiency against the nominal MACs ratio: {format_ratio(result.efficiency_nominal)}")
-        notes.append(f"efficiency against the MACs the graphs execute: {format_ratio(result.efficiency_own)}")
-    if result.selection_overhead:
-        share = format_ratio(result.selection_overhead, percent=True)
-        notes.append(f"selection and scoring take {share} of the pruned run")
-    if result.naive_over_pruned:
-        notes.append(f"pruned against the naive torch export: {format_ratio(result.naive_over_pruned)} times faster")
-    if result.random_weights:
-        notes.append("random weights: the speed is real, accuracy is not measured")
-    if result.quick:
-        notes.append("quick run: fewer samples than a full one")
-    shown, more = result.unstable[:MAX_REASONS], len(result.unstable) - MAX_REASONS
-    notes += [f"unstable: {reason}" for reason in shown]
-    return [*notes, f"unstable: {more} more reasons in the JSON result"] if more > 0 else notes
-
-
-def format_ratio(ratio: Ratio, *, percent: bool = False) -> str:
-    """Return "1.58 [1.56, 1.60]", or the bare estimate when there is no interval."""
-    text = (lambda x: f"{x * 100:.2f} %") if percent else (lambda x: f"{x:.3f}")
-    if ratio.low is None or ratio.high is None:
-        return text(ratio.estimate)
-    return f"{text(ratio.estimate)} [{text(ratio.low)}, {text(ratio.high)}]"
-
-
-def format_percentile(value: Percentile) -> str:
-    """Return milliseconds, or why there is no value."""
-    return value.reason or "" if value.value is None else f"{value.value:.3f}"
+    adaptive: AdaptiveResult | None = None
+    mean_macs: Mapping[str, float] = field(default_factory=dict)
+    switch_us: float | None = None
+    memory: Sequence[MemoryResult] = ()
+    callers: CallersResult | None = None

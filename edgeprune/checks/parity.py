@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +154,20 @@ def stages_from_manifest(
     made = method.make_stages(config, blocks, counts, method.parse_options(info.options))
     numbered = (replace(stage, index=index) for index, stage in enumerate(made))
     return tuple(stage for stage in numbered if stage.index in recorded)
+
+
+def macs_by_counts(manifest: Manifest, stages: Sequence[StageInfo] | None = None) -> Callable[[tuple[int, ...]], float]:
+    """Return a function from an image's token counts per stage to its multiply-accumulates.
+
+    Args:
+        manifest: of a bundle that records its architecture.
+        stages: those of one density; None takes the method's.
+    """
+    from edgeprune.export.plan import macs_at
+
+    config = config_from_manifest(manifest)
+    made = stages_from_manifest(manifest.method, config, stages)
+    return lambda counts: macs_at(config, made, counts)
 
 
 def _check_weights(manifest: Manifest, checkpoint: str | Path | None) -> None:

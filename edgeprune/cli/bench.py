@@ -27,6 +27,14 @@ from edgeprune.errors import InputError
 @click.option("--duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Of measuring.")
 @click.option("--quick", is_flag=True, help="A short run, marked as such.")
 @click.option("--against", default="dense,random", show_default=True, metavar="LIST", help="Of dense, random, naive.")
+@click.option("--data", metavar="DATA", help="Run on digits or imagefolder:PATH instead of noise.")
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    metavar="M",
+    help="Different images for adaptive bundles and for --callers; by default 16, or 8 with --quick.",
+)
+@click.option("--callers", type=click.IntRange(min=2), metavar="N", help="Also let N threads call one session at once.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the result with all samples as JSON."
 )
@@ -34,7 +42,7 @@ def command(
     ui: Ui, bundle: Path, against: str, batch: int | None, output: Path | None, **options: Any
 ) -> dict[str, Any]:
     """Print the table."""
-    from edgeprune.bench import bench_bundle, report_notes, report_table
+    from edgeprune.bench import bench_bundle, report_notes, report_tables
     from edgeprune.runtime.bundle import load_bundle
 
     if output is not None and output.is_dir():
@@ -49,11 +57,14 @@ def command(
         )
     for warning in result.warnings:
         ui.warn(warning)
-    rows = report_table(result)
-    shown = table(*(heading if heading == "graph" else f">{heading}" for heading in rows[0]))
-    for row in rows:
-        shown.add_row(*row.values())
-    ui.data(shown)
+    for title, rows in report_tables(result):
+        first, *others = rows[0]
+        shown = table(first, *(f">{heading}" for heading in others), title=title)
+        for row in rows:
+            shown.add_row(*row.values())
+        if title is not None:
+            ui.data("")
+        ui.data(shown)
     for note in report_notes(result):
         ui.note(note)
     document = plain(result.to_dict())

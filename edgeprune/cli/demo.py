@@ -48,7 +48,7 @@ def command(ui: Ui, output: Path, checkpoint: Path | None, overwrite: bool) -> d
 
 def show(ui: Ui, demo: Demo) -> None:
     """Print the table and what belongs under it."""
-    from edgeprune.bench.result import format_ratio, report_notes
+    from edgeprune.bench.report import format_ratio, report_notes
 
     macs = demo.bundle.manifest.macs
     assert macs is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from rich.table import Table
 from edgeprune.cli.common import BUNDLE, GRAPHS, verb
 from edgeprune.cli.ui import Ui, table
 from edgeprune.runtime.bundle import Bundle
-from edgeprune.runtime.manifest import Manifest
 
 
 @verb("evaluate", "Top-1 and top-5 of a bundle's pruned and dense graphs on labelled images.")
@@ -27,6 +25,7 @@ def command(
 ) -> dict[str, Any]:
     """Print the accuracies; of an adaptive method also what its images kept and cost on average."""
     from edgeprune.checks.accuracy import evaluate
+    from edgeprune.checks.parity import macs_by_counts
     from edgeprune.data import open_dataset
     from edgeprune.runtime.bundle import load_bundle
     from edgeprune.runtime.session import Session
@@ -37,10 +36,15 @@ def command(
     adaptive = any(stage.adaptive for stage in loaded.manifest.method.stages)
     for name, choice, rate in choose_runs(loaded, graph, density):
         session = Session(loaded, graph=choice, density=rate, check_hashes=False)
-        own_macs = macs_by_counts(loaded.manifest, rate) if adaptive else None
+        info = next((d for d in loaded.manifest.densities if d.keep_rate == rate), None)
+        own_macs = macs_by_counts(loaded.manifest, None if info is None else info.stages) if adaptive else None
         with ui.steps() as report:
             accuracy = evaluate(session, dataset, report=report, macs=own_macs)
-        found[name] = {**asdict(accuracy), "macs": macs_of(loaded.manifest, choice, rate)}
+        macs = loaded.manifest.macs if info is None else info.macs
+        found[name] = {
+            **asdict(accuracy),
+            "macs": None if macs is None else macs.dense if choice == "dense" else macs.pruned,
+        }
         if accuracy.overflow:
             ui.warn(
                 f"{accuracy.overflow} of {accuracy.images} images keep more tokens than the bundle has slots; their "
@@ -54,38 +58,15 @@ def command(
 
 def choose_runs(bundle: Bundle, graphs: tuple[str, ...], density: float | None) -> list[tuple[str, str, float | None]]:
     """Return what to evaluate as (name, graph, density): of several densities each, unless one is asked for."""
-    runs: list[tuple[str, str, float | None]] = []
-    for graph in graphs or ("dense", "model"):
-        densities = bundle.manifest.densities
-        if (
-            graph == "dense"
-            and not graphs
-            and ("dense" not in bundle.manifest.graphs or any(not d.stages for d in densities))
-        ):
-            continue
-        if graph != "model" or not (densities or density is not None):
+    densities, runs = bundle.manifest.densities, []
+    dense = "dense" in bundle.manifest.graphs and all(d.stages for d in densities)
+    for graph in graphs or (("dense", "model") if dense else ("model",)):
+        if graph == "model" and (densities or density is not None):
+            rates = [d.keep_rate for d in densities] if density is None else [density]
+            runs += [(f"keep rate {rate:g}", graph, rate) for rate in rates]
+        else:
             runs.append((graph, graph, None))
-            continue
-        rates = [d.keep_rate for d in densities] if density is None else [density]
-        runs += [(f"keep rate {rate:g}", graph, rate) for rate in rates]
     return runs
-
-
-def macs_of(manifest: Manifest, graph: str, density: float | None) -> int | None:
-    """Return the multiply-accumulates of an image, of an adaptive method with every slot in use."""
-    macs = next((d.macs for d in manifest.densities if d.keep_rate == density), manifest.macs)
-    return None if macs is None else macs.dense if graph == "dense" else macs.pruned
-
-
-def macs_by_counts(manifest: Manifest, density: float | None) -> Callable[[tuple[int, ...]], float]:
-    """Return a function from an image's token counts per stage to its multiply-accumulates."""
-    from edgeprune.checks.parity import config_from_manifest, stages_from_manifest
-    from edgeprune.export.plan import macs_at
-
-    config = config_from_manifest(manifest)
-    infos = next((d.stages for d in manifest.densities if d.keep_rate == density), None)
-    stages = stages_from_manifest(manifest.method, config, infos)
-    return lambda counts: macs_at(config, stages, counts)
 
 
 def accuracy_rows(found: dict[str, dict[str, Any]], *, adaptive: bool) -> Table:

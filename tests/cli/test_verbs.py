@@ -327,8 +327,22 @@ def test_adaptive_bundle_can_be_verified(cli: Cli, adaptive_bundle: Bundle) -> N
 
 
 def test_adaptive_bundle_can_be_measured(cli: Cli, adaptive_bundle: Bundle) -> None:
-    result = cli("bench", adaptive_bundle.path, "--rounds", "2", "--quick", "--threads", "1")
-    assert result.code == 0, result.err
+    command = ("bench", adaptive_bundle.path, "--rounds", "2", "--quick", "--threads", "1")
+    noise = cli(*command)
+    assert noise.code == 0, noise.err
+    assert "noise keeps other numbers of tokens" in noise.err
+    assert "warning" not in noise.err
+    digits = cli(*command, "--data", "digits", "--images", "5", "--callers", "2")
+    assert digits.code == 0, digits.err
+    headings = [line.split()[0] for line in digits.out.splitlines() if line.strip()]
+    assert [word for word in headings if not word.isdigit()] == [
+        *("graph", "dense", "pruned", "pruned,", "quartile"),
+        *("callers", "callers"),
+    ]
+    assert "noise" not in digits.err
+    found = cli(*command, "--data", "digits", "--images", "5", "--json").json["results"]
+    assert (found["data"], found["images"], found["runs_per_sample"]) == ("digits", 5, 5)
+    assert found["adaptive"]["form"] == "computed"
 
 
 def test_undecided_images_are_shown() -> None:

@@ -8,7 +8,9 @@ import pytest
 
 from edgeprune.bench import bench_bundle
 from edgeprune.bench import naive as naive_module
-from edgeprune.bench.bench import bundle_runners, ratio_clock
+from edgeprune.bench.bench import ratio_clock
+from edgeprune.bench.images import make_images
+from edgeprune.bench.runners import Contest
 from edgeprune.errors import EnvironmentLackError, InputError
 from edgeprune.models.config import ViTConfig
 from edgeprune.runtime.bundle import Bundle, BundleWriter
@@ -109,6 +111,29 @@ def test_bench_warns_when_a_baseline_is_absent(tmp_path: Path) -> None:
     assert result.warnings == ["the bundle holds no random graph; it was not measured"]
 
 
+def test_bench_runs_one_batch_of_noise_unless_the_image_decides(bundle: Bundle) -> None:
+    result = bench_bundle(bundle, rounds=2, batch=2, images=7)
+    assert (result.data, result.images, result.runs_per_sample) == ("noise", 2, 1)
+    assert (result.adaptive, result.densities, result.switch_us, result.callers) == (None, [], None, None)
+
+
+def test_bench_tells_the_memory_of_every_session(bundle: Bundle) -> None:
+    assert [m.session for m in bench_bundle(bundle, rounds=2).memory] == ["dense", "pruned", "random"]
+
+
+def test_bench_lets_several_call_one_session(bundle: Bundle) -> None:
+    callers = bench_bundle(bundle, rounds=2, images=3, callers=2).callers
+    assert callers is not None
+    assert (callers.one.callers, callers.many.callers) == (1, 2)
+    assert callers.compared == 4 * 2 * callers.runs  # of the warm-up and of one block
+
+
+def test_bench_refuses_a_single_caller(bundle: Bundle) -> None:
+    with pytest.raises(InputError) as error:
+        bench_bundle(bundle, callers=1)
+    assert error.value.code == "bench-callers"
+
+
 def test_bench_marks_quick_runs(bundle: Bundle) -> None:
     result = bench_bundle(bundle, quick=True, rounds=2)
     assert result.quick is True
@@ -145,7 +170,8 @@ def test_bench_sessions_never_spin(bundle: Bundle, monkeypatch: pytest.MonkeyPat
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(session, "Session", Spy)
-    bundle_runners(bundle, np.zeros((1, 3, 16, 16), np.float32), threads=2)
+    images = make_images(None, bundle.manifest.preprocessing, count=1, batch=1, seed=0)
+    Contest(images, threads=2).add_bundle(bundle)
     assert asked == [(2, False)] * 3
 
 

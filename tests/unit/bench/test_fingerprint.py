@@ -107,3 +107,9 @@ def test_other_cores_leave_own_work_out() -> None:
     before, after = env.CpuTimes(10.0, 0.0, 1.0, 100.0), env.CpuTimes(25.0, 0.4, 11.0, 110.0)
     assert after.other_cores(before) == pytest.approx(0.5)
     assert after.steal_share(before, 2) == pytest.approx(0.02)
+
+
+def test_read_pss_reads_the_share_of_this_process(fake_files: dict[str, str]) -> None:
+    assert env.read_pss_mib() is None
+    fake_files["/proc/self/smaps_rollup"] = "Rss:    9000 kB\nPss:    3072 kB\nPss_Anon: 1024 kB\n"
+    assert env.read_pss_mib() == 3.0

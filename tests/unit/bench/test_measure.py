@@ -157,3 +157,12 @@ def test_system_clock_counts_work_on_both_clocks() -> None:
     sum(range(200_000))
     assert clock.wall() > wall
     assert clock.cpu() > cpu
+
+
+def test_per_run_divides_the_samples_of_a_pass() -> None:
+    clock = FakeClock()
+    passes = measure({"a": clock.runner("a", 0.4, cpu_share=0.5)}, PLAN, clock=clock)
+    runs = passes.per_run(4)
+    assert runs.samples["a"].wall_ms == pytest.approx([100] * 4)
+    assert runs.samples["a"].cpu_ms == pytest.approx([50] * 4)
+    assert runs.rounds == passes.rounds

@@ -6,14 +6,9 @@ from typing import Any
 import pytest
 
 from edgeprune.bench.measure import Measurement, Samples
-from edgeprune.bench.result import (
-    BenchResult,
-    BenchSetting,
-    MachineResult,
-    report_notes,
-    report_table,
-    summarise,
-)
+from edgeprune.bench.report import report_notes, report_table
+from edgeprune.bench.result import BenchResult, BenchSetting, Extras, MachineResult
+from edgeprune.bench.summary import summarise
 from edgeprune.runtime.manifest import Manifest
 
 GRAPH = {"file": "model.onnx", "inputs": [], "outputs": []}
@@ -58,6 +53,7 @@ def summary(
     machine: MachineResult = QUIET,
     batch: int = 1,
     quick: bool = False,
+    extras: Extras | None = None,
     **manifest: Any,
 ) -> BenchResult:
     samples = {}
@@ -72,6 +68,7 @@ def summary(
         machine=machine,
         fingerprint={"cpu_model": "some"},
         created="2026-01-01T00:00:00+00:00",
+        extras=extras,
     )
 
 
@@ -208,3 +205,72 @@ def test_notes_stay_short_when_much_is_unstable() -> None:
     notes = [note for note in report_notes(result) if note.startswith("unstable: ")]
     assert notes[-1] == "unstable: 12 more reasons in the JSON result"
     assert len(notes) == 5
+
+
+STAGE = MANIFEST["method"]["stages"][0]
+DENSITIES = [
+    {"keep_rate": 1.0, "graph": "dense", "stages": [], "macs": MANIFEST["macs"]},
+    {"keep_rate": 0.7, "graph": "model", "stages": [STAGE], "macs": MANIFEST["macs"]},
+    {
+        "keep_rate": 0.5,
+        "graph": "model",
+        "stages": [{**STAGE, "kept": 98}],
+        "macs": {"dense": 4_500, "pruned": 2_250, "dense_executed": 4_400, "pruned_executed": 2_200},
+    },
+]
+SEVERAL: dict[str, float | list[float]] = {
+    "dense": 100.0,
+    "pruned at 0.7": 62.5,
+    "pruned at 0.5": 50.0,
+    "random": 60.0,
+    "naive": 110.0,
+}
+
+
+def test_densities_have_ratio_and_efficiency_of_their_own_macs() -> None:
+    result = summary(SEVERAL, densities=DENSITIES, extras=Extras(switch_us=0.25))
+    dense, first, second = result.densities
+    assert (dense.runner, dense.macs, dense.speedup) == ("dense", None, None)
+    assert first.macs is not None
+    assert second.macs is not None
+    assert (first.macs.ratio, second.macs.ratio) == (1.5, 2.0)
+    assert second.speedup is not None
+    assert second.speedup.estimate == 2.0
+    assert second.efficiency_own is not None
+    assert second.efficiency_own.estimate == pytest.approx(1.0)
+    assert result.switch_us == 0.25
+
+
+def test_result_of_several_densities_describes_the_first_that_prunes() -> None:
+    result = summary(SEVERAL, densities=DENSITIES)
+    assert result.speedup == result.densities[1].speedup
+    assert result.selection_overhead is not None
+    assert result.selection_overhead.estimate == pytest.approx(0.04)
+    notes = report_notes(result)
+    assert "density 1 is the dense graph" in notes
+    assert any("of the pruned run at 0.7" in note for note in notes)
+    assert [note.split(":")[0] for note in notes if note.startswith("efficiency")] == [
+        "efficiency pruned at 0.7",
+        "efficiency pruned at 0.5",
+    ]
+
+
+def test_table_of_several_densities_has_the_macs_of_each() -> None:
+    rows = {row["graph"]: row["MACs ratio (x)"] for row in report_table(summary(SEVERAL, densities=DENSITIES))}
+    assert rows == {"dense": "1.00", "pruned at 0.7": "1.50", "pruned at 0.5": "2.00", "random": "", "naive": ""}
+
+
+def test_macs_of_images_that_decide_are_their_mean() -> None:
+    times: dict[str, float | list[float]] = {"dense": 100.0, "pruned": 50.0}
+    result = summary(times, adaptive={"form": "computed"}, extras=Extras(mean_macs={"pruned": 1_500.0}))
+    assert result.macs is not None
+    assert (result.macs.ratio, result.macs.ideal_speedup) == (3.0, None)
+    assert result.efficiency_nominal is not None
+    assert result.efficiency_nominal.estimate == pytest.approx(2 / 3)
+    assert result.efficiency_own is None
+    assert report_table(result)[1]["ideal (x)"] == ""
+
+
+def test_macs_of_images_that_decide_are_unknown_without_an_architecture() -> None:
+    assert summary({"dense": 100.0, "pruned": 50.0}, adaptive={"form": "buckets"}).macs is None
+    assert summary({"dense": 100.0, "pruned": 50.0}, adaptive={"form": "slots"}).macs is not None

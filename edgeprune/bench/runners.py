@@ -1,0 +1,188 @@
+"""Calls to measure: one batch, or a pass over several, through a session or an ONNX file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from numpy import median
+
+from edgeprune.bench import fingerprint as env
+from edgeprune.bench.adaptive import Run
+from edgeprune.bench.images import BenchImages
+from edgeprune.bench.measure import Runner
+from edgeprune.bench.result import MemoryResult
+from edgeprune.bench.summary import pruned_runners
+from edgeprune.runtime.bundle import Bundle
+from edgeprune.runtime.ort import OrtBackend, import_onnxruntime
+from edgeprune.runtime.router import Trace
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeprune.runtime.session import Session
+
+    Batches = Sequence[NDArray[np.float32]]
+
+
+@dataclass
+class LoggedPass:
+    """A runner of an adaptive bundle: a pass over some batches that takes every run down.
+
+    Attributes:
+        session: runs them.
+        batches: of one pass, each [B, C, H, W].
+        density: keep rate, of a bundle that holds several.
+        clock: seconds.
+        runs: of all passes so far.
+    """
+
+    session: Session
+    batches: Batches
+    density: float | None = None
+    clock: Callable[[], float] = time.perf_counter
+    runs: list[Run] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        """Do one pass."""
+        take_density(self.session, self.density)
+        for images in self.batches:
+            trace = Trace()
+            start = self.clock()
+            result = self.session.run(images, trace=trace)
+            wall_s = self.clock() - start
+            assert result.kept_counts is not None  # an adaptive bundle always tells them
+            self.runs.append(Run(wall_s, trace, result.kept_counts, result.bucket))
+
+    def measured(self, warmup_passes: int) -> list[Run]:
+        """Return the runs without those of the first passes."""
+        return self.runs[warmup_passes * len(self.batches) :]
+
+
+@dataclass
+class Contest:
+    """What is measured in turns.
+
+    Attributes:
+        images: of one sample.
+        threads: of every session.
+        runners: by name, dense first.
+        logs: those of the pruned runners of an adaptive bundle.
+        memory: of the process around the opening of each session.
+        warnings: about baselines the bundle lacks.
+    """
+
+    images: BenchImages
+    threads: int
+    runners: dict[str, Runner] = field(default_factory=dict)
+    logs: dict[str, LoggedPass] = field(default_factory=dict)
+    memory: list[MemoryResult] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add_bundle(self, bundle: Bundle, against: Sequence[str] = ("dense", "random")) -> Session:
+        """Add the runners of a bundle's graphs, and a warning about each baseline that it should hold and does not.
+
+        Returns:
+            The session of the pruned graph; of the only one in a dense bundle.
+        """
+        import_onnxruntime()  # or its memory would count as the first session's
+        manifest = bundle.manifest
+        if not manifest.method.stages:
+            only = self._open(bundle, "model", "dense")
+            self.runners["dense"] = pass_runner(only, self.images.batches)
+            return only
+        self._add_baseline(bundle, "dense", against)
+        session = self._open(bundle, "model", "pruned")
+        for name, density in pruned_runners(manifest).items():
+            if manifest.adaptive is None:
+                self.runners[name] = pass_runner(session, self.images.batches, density)
+            else:
+                self.runners[name] = self.logs[name] = LoggedPass(session, self.images.batches, density)
+        if manifest.adaptive is None or manifest.adaptive.form == "slots":  # other shapes have no random counterpart
+            self._add_baseline(bundle, "random", against)
+        return session
+
+    def add_onnx(self, name: str, path: Path) -> None:
+        """Add an ONNX file in ONNX Runtime's defaults, without spinning between runs."""
+        before = env.read_pss_mib()
+        self.runners[name] = onnx_runner(path, *self.images.batches, threads=self.threads)
+        self.memory.append(MemoryResult(name, before, env.read_pss_mib()))
+
+    def _add_baseline(self, bundle: Bundle, graph: str, against: Sequence[str]) -> None:
+        if graph not in against:
+            return
+        if graph in bundle.manifest.graphs:
+            self.runners[graph] = pass_runner(self._open(bundle, graph, graph), self.images.batches)
+        else:
+            self.warnings.append(f"the bundle holds no {graph} graph; it was not measured")
+
+    def _open(self, bundle: Bundle, graph: str, name: str) -> Session:
+        before = env.read_pss_mib()
+        session = open_session(bundle, graph, threads=self.threads)
+        self.memory.append(MemoryResult(name, before, env.read_pss_mib()))
+        return session
+
+
+def open_session(bundle: Bundle, graph: str, *, threads: int) -> Session:
+    """Return a session of one graph of a bundle that does not spin between runs."""
+    from edgeprune.runtime.session import Session
+
+    return Session(bundle, graph=graph, threads=threads, spinning=False, check_hashes=False)
+
+
+def session_runner(bundle: Bundle, graph: str, *batches: NDArray[np.float32], threads: int) -> Runner:
+    """Return a runner of one graph of a bundle; its session does not spin between runs."""
+    return pass_runner(open_session(bundle, graph, threads=threads), batches)
+
+
+def pass_runner(session: Session, batches: Batches, density: float | None = None) -> Runner:
+    """Return a runner that runs some batches one after the other, at one density of the session."""
+
+    def run() -> None:
+        take_density(session, density)
+        for images in batches:
+            session.run(images)
+
+    return run
+
+
+def onnx_runner(path: Path, *batches: NDArray[np.float32], threads: int) -> Runner:
+    """Return a runner of an ONNX file in ONNX Runtime's defaults, without spinning between runs."""
+    backend = OrtBackend(path, threads=threads, spinning=False)
+    feeds = [{backend.inputs[0].name: images} for images in batches]
+
+    def run() -> None:
+        for feed in feeds:
+            backend.run(feed)
+
+    return run
+
+
+def switch_us(session: Session, *, repeats: int = 200, clock: Callable[[], float] = time.perf_counter) -> float | None:
+    """Return the median microseconds of setting a session's density, None when it holds a single one.
+
+    Args:
+        session: its density is as before afterwards.
+        repeats: rounds over all densities.
+        clock: seconds.
+    """
+    if len(session.densities) < 2:
+        return None
+    before, took = session.density, []
+    for _ in range(repeats):
+        for rate in session.densities:
+            start = clock()
+            session.density = rate
+            took.append(clock() - start)
+    take_density(session, before)
+    return 1e6 * float(median(took))
+
+
+def take_density(session: Session, density: float | None) -> None:
+    """Switch a session to a density, if it is one."""
+    if density is not None:
+        session.density = density
