@@ -1,8 +1,8 @@
 """Deadline misses with and without the governor while other processes take the processor away and give it back.
 
 One session of several densities runs frame after frame on one thread: a quiet phase, one in which busy processes
-compete, and a quiet one again. This is done at the densest keep rate without a deadline, and with one, in turns. A frame
-that takes longer than the deadline is a miss.
+compete, and a quiet one again. This is done at the densest keep rate without a deadline, and with one, in turns. A
+frame that takes longer than the deadline is a miss.
 
     python benchmarks/governor.py [--model NAME] [--method evit] [--fps 10] [--quick]
 """

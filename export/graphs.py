@@ -65,8 +65,10 @@ def whole_plans(resolved: Resolved) -> tuple[dict[str, Plan], dict[float, str]]:
     tokens: dict[str, Any] = {"token_outputs": request.token_outputs}
     plans: dict[str, Plan] = {}
     graphs: dict[float, str] = {}
-    if resolved.form == "computed":
+    if resolved.form in ("computed", "ragged"):
         tokens |= {"counts": Counts.COMPUTED, "batch": (1, 1)}
+    if resolved.form == "ragged":
+        tokens |= {"packed": low_high[0]}
     if not resolved.densities and resolved.form != "buckets":
         plans["model"] = make_plan(resolved, stages, **tokens)
     shared: dict[Any, list[float]] = {}

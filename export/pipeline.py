@@ -3,7 +3,7 @@
 1. `build_plan`: backbone and stages become typed steps with token counts resolved.
 2. `PLAN_PASSES` rewrite the steps (`--no-dead-rows` skips them).
 3. `emit_graph` writes the steps in the target's dialect; selections are `edgeprune` nodes.
-4. The target's graph passes lower those nodes and drop what is dead.
+4. The target's graph passes lower those nodes and drop what is dead; `pack_rows` makes a batch of one image's graph.
 5. `write_graph` streams the weights beside the graph.
 6. The target's lint rules look at the file as written.
 """
@@ -23,6 +23,7 @@ from edgeprune.export.emit.emitter import emit_graph
 from edgeprune.export.lint import LintContext, run_lint
 from edgeprune.export.passes.eliminate_dead_rows import eliminate_dead_rows
 from edgeprune.export.passes.fold_keys_and_values import fold_keys_and_values
+from edgeprune.export.passes.pack_rows import pack_rows
 from edgeprune.export.plan import Plan
 from edgeprune.export.targets.base import Target
 from edgeprune.export.writer import WeightStore, write_graph
@@ -86,6 +87,8 @@ def finish_graph(
     G_LOGGER.severity = G_LOGGER.ERROR
     for graph_pass in target.passes(selection, batch):
         graph = graph_pass(graph)
+    if plan is not None and plan.packed:
+        graph = pack_rows(graph, plan.packed, [stage.counts.kept for stage in plan.stages])
     model = write_graph(graph, path, store)
     run_lint(LintContext(model, plan, target.domains), target.rules(), target.name)
     return model

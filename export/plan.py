@@ -103,6 +103,7 @@ class Plan:
         token_outputs: the graph also returns what each stage kept.
         counts: where the number of rows behind a stage comes from; unless constant, the steps say how many at most.
         split: the graph is to be cut behind the scores of the first stage, see `cut_graph`.
+        packed: images whose rows the graph is to pack, see `pack_rows`; 0 for a graph as it is.
     """
 
     config: ViTConfig
@@ -111,6 +112,7 @@ class Plan:
     token_outputs: bool = False
     counts: Counts = Counts.SLOTS
     split: bool = False
+    packed: int = 0
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -140,6 +142,7 @@ def build_plan(
     token_outputs: bool = False,
     counts: Counts = Counts.SLOTS,
     split: bool = False,
+    packed: int = 0,
 ) -> Plan:
     """Return the plan of a pruned model before any pass: every row is computed.
 
@@ -150,6 +153,7 @@ def build_plan(
         token_outputs: return kept tokens too.
         counts: where the number of rows behind a stage comes from; a computed one wants a batch of one image.
         split: prepare the graph to be cut.
+        packed: number of images to pack.
     """
     P = config.num_prefix_tokens
     at = {(stage.block, stage.where): stage for stage in stages}
@@ -170,7 +174,7 @@ def build_plan(
         steps.append(Block(index, tokens, after, inside, scores_for))
         tokens = after
     steps.append(Head(tokens))
-    return Plan(config, tuple(steps), batch, token_outputs, counts, split)
+    return Plan(config, tuple(steps), batch, token_outputs, counts, split, packed)
 
 
 def macs_at(config: ViTConfig, stages: Sequence[Stage], counts: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Method, Stage, parse_stages
 
 AUTO = "auto"
-FORMS = ("slots", "computed", "buckets")
+FORMS = ("slots", "computed", "ragged", "buckets")
 FILLS = ("mask", "next-best")
 MAX_DENSITIES = 16
 
@@ -31,8 +31,8 @@ class ExportRequest:
         batch: smallest and largest batch; equal for a fixed one.
         densities: several keep rates in one bundle, the first the one a session starts with; `keep_rate` is not read
             then.
-        adaptive: how a method whose token counts depend on the image runs: "slots", "computed", "buckets" (see
-            `AdaptiveInfo`), or "auto" for what suits the target best, and buckets where there are some.
+        adaptive: how a method whose token counts depend on the image runs: "slots", "computed", "ragged", "buckets"
+            (see `AdaptiveInfo`), or "auto" for what suits the target best, and buckets where there are some.
         buckets: "auto:4", or sizes at the first stage, "48,96,144"; None for no buckets.
         fill: what slots past an image's count hold in a bucket, "mask" or "next-best".
         calibration: images to choose buckets for: "digits" or "imagefolder:PATH".
@@ -202,6 +202,13 @@ def resolve_form(request: ExportRequest, target: Target, stages: tuple[Stage, ..
             code="adaptive",
             expected="--adaptive slots",
             hint="leave the option count=batch-mean out",
+        )
+    if asked == "ragged" and not (target.takes_slots and request.batch[0] == request.batch[1] > 1):
+        raise InputError(
+            f"--adaptive ragged for target '{target.name}' and batch {request.batch[0]}:{request.batch[1]}",
+            code="adaptive",
+            expected="--target ort-cpu and one batch of at least 2, such as --batch 8",
+            hint="--adaptive computed runs any batch image by image",
         )
     if request.densities and asked == "buckets":
         raise InputError(

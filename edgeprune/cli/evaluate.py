@@ -58,7 +58,8 @@ def command(
 
 def choose_runs(bundle: Bundle, graphs: tuple[str, ...], density: float | None) -> list[tuple[str, str, float | None]]:
     """Return what to evaluate as (name, graph, density): of several densities each, unless one is asked for."""
-    densities, runs = bundle.manifest.densities, []
+    densities = bundle.manifest.densities
+    runs: list[tuple[str, str, float | None]] = []
     dense = "dense" in bundle.manifest.graphs and all(d.stages for d in densities)
     for graph in graphs or (("dense", "model") if dense else ("model",)):
         if graph == "model" and (densities or density is not None):

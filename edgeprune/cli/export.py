@@ -43,10 +43,10 @@ from edgeprune.runtime.manifest import StageInfo
 @click.option("--batch", type=parse.BatchRange(), default="1", show_default=True, help="1, 8, or 1:8 for any between.")
 @click.option(
     "--adaptive",
-    type=click.Choice(["auto", "computed", "slots", "buckets"]),
+    type=click.Choice(["auto", "computed", "ragged", "slots", "buckets"]),
     default="auto",
     show_default=True,
-    help="How counts that depend on the image run: shapes that follow the image, masked slots, or buckets.",
+    help="How counts that depend on the image run: shapes that follow it, one by one or packed; slots; buckets.",
 )
 @click.option("--buckets", metavar="LIST", help="auto:4, or sizes in patch tokens, 48,96,144, for static shapes.")
 @click.option(

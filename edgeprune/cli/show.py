@@ -69,6 +69,7 @@ def adaptive_words(adaptive: AdaptiveInfo) -> str:
         return {
             "slots": "as many slots as an image may need; those it does not need are masked",
             "computed": "shapes follow the image, images run one by one",
+            "ragged": "rows of all images of the batch lie one behind the other",
         }[adaptive.form]
     sizes = ", ".join(str(bucket.capacities[0]) for bucket in adaptive.buckets)
     fill = "masked" if adaptive.fill == "mask" else "filled with the next best tokens"

@@ -117,12 +117,13 @@ class AdaptiveInfo(_Model):
 
     Attributes:
         form: "slots": one graph with as many slots as an image may need, of which it pays all; "computed": one graph
-            for one image whose shapes follow it; "buckets": a stem, and a rest for each of a few sizes.
+            for one image whose shapes follow it; "ragged": one for a batch, whose images' rows lie one behind the
+            other; "buckets": a stem, and a rest for each of a few sizes.
         fill: what slots past an image's count hold: tokens that are masked, which is exact, or the next best ones.
         buckets: nested, the last holds all.
     """
 
-    form: Literal["slots", "computed", "buckets"]
+    form: Literal["slots", "computed", "ragged", "buckets"]
     fill: Literal["mask", "next-best"] = "mask"
     buckets: list[BucketInfo] = []
     calibration: CalibrationInfo | None = None

@@ -5,6 +5,7 @@ All return the same outputs by name. Of an adaptive method, `kept_indices_<s>` a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -118,22 +119,28 @@ class Router:
         self, stem: Backend, rests: Sequence[Backend], buckets: Sequence[Sequence[int]], *, fill: bool = False
     ) -> None:
         self.stem, self.rests, self.fill = stem, list(rests), fill
-        self.buckets = np.array(buckets, np.int64)
+        self.buckets = [tuple(bucket) for bucket in buckets]
         self.slots = self.buckets[-1]
-        self._takes = [{info.name for info in rest.inputs} for rest in rests]
+        self._firsts = [bucket[0] for bucket in self.buckets]
+        self._takes = [[info.name for info in rest.inputs if info.name != SLOTS] for rest in rests]
+        told = [any(info.name == SLOTS for info in rest.inputs) for rest in rests]
+        self._told = [
+            {SLOTS: np.array(b, np.int64)} if tells else {} for b, tells in zip(self.buckets, told, strict=True)
+        ]
+        self._batches, self._stem_batch = [batch_of(rest) for rest in rests], batch_of(stem)
 
     def run(self, images: np.ndarray, trace: Trace | None = None) -> Arrays:
         """Return every output by name, images in order, and `bucket` [B] int32."""
         trace = Trace() if trace is None else trace
         handed = self._run_stem(images, trace)
-        wanted = [min(int(h[COUNT][0]), int(self.slots[0])) for h in handed]
         waiting: list[list[int]] = [[] for _ in self.buckets]
-        for i, bucket in enumerate(np.searchsorted(self.buckets[:, 0], wanted)):
-            waiting[bucket].append(i)
+        for i, tensors in enumerate(handed):
+            wanted = min(int(tensors[COUNT][0]), self.slots[0])
+            waiting[bisect_left(self._firsts, wanted)].append(i)
         found: dict[int, Arrays] = {}
         for bucket, waits in enumerate(waiting):
             for i, result in self._run_rest(bucket, sorted(waits), handed, trace):
-                if self._holds(bucket, result[KEPT_COUNTS][0]):
+                if self._holds(bucket, result[KEPT_COUNTS][0].tolist()):
                     found[i] = result
                 else:
                     waiting[bucket + 1].append(i)
@@ -149,12 +156,13 @@ class Router:
     def _run_stem(self, images: np.ndarray, trace: Trace) -> list[Arrays]:
         """Return what the stem hands over, image by image."""
         start = perf_counter()
-        rows = [
-            {name: values[i : i + 1] for name, values in out.items()}
-            for chunk, count in _chunks(images, batch_of(self.stem))
-            for out in (self.stem.run({IMAGES: chunk}),)
-            for i in range(count)
-        ]
+        rows: list[Arrays] = []
+        for chunk, count in _chunks(images, self._stem_batch):
+            out = self.stem.run({IMAGES: chunk})
+            if len(chunk) == 1:
+                rows.append(out)
+            else:
+                rows += [{name: values[i : i + 1] for name, values in out.items()} for i in range(count)]
         trace.stem_s += perf_counter() - start
         return rows
 
@@ -162,34 +170,38 @@ class Router:
         self, bucket: int, waits: list[int], handed: list[Arrays], trace: Trace
     ) -> Iterator[tuple[int, Arrays]]:
         """Yield the results of some images in a bucket, in as large groups as its graph takes."""
-        rest, takes = self.rests[bucket], self._takes[bucket]
-        size = batch_of(rest) or max(len(waits), 1)
+        fixed = self._batches[bucket]
+        size = fixed or max(len(waits), 1)
         for at in range(0, len(waits), size):
             group = waits[at : at + size]
-            padded = group + [group[-1]] * (0 if batch_of(rest) is None else size - len(group))
+            padded = group + [group[-1]] * (size - len(group) if fixed else 0)
+            first = handed[group[0]]
             feeds = {
-                name: np.concatenate([handed[i][name] for i in padded]) if len(padded) > 1 else handed[padded[0]][name]
-                for name in takes - {SLOTS}
+                name: first[name] if len(padded) == 1 else np.concatenate([handed[i][name] for i in padded])
+                for name in self._takes[bucket]
             }
-            if SLOTS in takes:
-                feeds[SLOTS] = self.buckets[bucket]
             start = perf_counter()
-            out = rest.run(feeds)
+            out = self.rests[bucket].run({**feeds, **self._told[bucket]})
             trace.rest_s += perf_counter() - start
             trace.runs.append((bucket, len(group)))
             out[BUCKET] = np.full(len(padded), bucket, np.int32)
+            if len(padded) == 1:
+                yield group[0], out
+                continue
             for row, i in enumerate(group):
                 yield i, {name: values[row : row + 1] for name, values in out.items()}
 
-    def _holds(self, bucket: int, counts: np.ndarray) -> bool:
-        """Tell whether an image with these counts [S] did not want more than the bucket has."""
-        return bool((np.minimum(counts, self.slots) <= self.buckets[bucket]).all())
+    def _holds(self, bucket: int, counts: list[int]) -> bool:
+        """Tell whether an image with these counts did not want more than the bucket has."""
+        sizes = zip(counts, self.slots, self.buckets[bucket], strict=True)
+        return all(min(count, slots) <= held for count, slots, held in sizes)
 
     def _finish(self, results: list[Arrays]) -> Arrays:
-        out = stack(results, self.slots.tolist())
-        out[OVERFLOW] = (out[KEPT_COUNTS] > self.slots).any(1).astype(np.int32)
+        out = stack(results, self.slots)
+        counts = out[KEPT_COUNTS]
+        out[OVERFLOW] = (counts > np.array(self.slots, np.int32)).any(1).astype(np.int32)
         if self.fill:
-            out[KEPT_COUNTS] = np.maximum(out[KEPT_COUNTS], self.buckets[out[BUCKET]]).astype(np.int32)
+            out[KEPT_COUNTS] = np.maximum(counts, np.array(self.buckets, np.int32)[out[BUCKET]])
         return out
 
 

@@ -19,7 +19,7 @@ def tokens_shrink(context: LintContext) -> list[Finding]:
     plan = context.plan
     if plan is None:
         return []
-    batch, symbolic = plan.batch[1], plan.counts is not Counts.SLOTS
+    batch, symbolic = plan.packed or plan.batch[1], plan.counts is not Counts.SLOTS
     shapes = infer_shapes(context.model, batch)
     there = {node.name for node in context.model.graph.node}
     findings, shortened = [], False
