@@ -81,8 +81,7 @@ def test_exception_comes_in_its_place_and_ends(ahead: int, fail_at: int) -> None
     stream = prepare_ahead(watched.items(), watched.prepare, ahead)
     found = []
     with pytest.raises(ValueError, match=f"item {fail_at}"):
-        for pair in stream:
-            found.append(pair)  # noqa: PERF402
+        found.extend(stream)
     assert found == [(i, i * 10) for i in range(fail_at)]
     assert list(stream) == []
     assert watched.taken == list(range(fail_at + 1))
