@@ -206,13 +206,7 @@ def choose_buckets(
     Raises:
         InputError: `calibration` when the counts are not such counts, `buckets` when a number is out of range.
     """
-    if not 1 <= number <= MAX_BUCKETS:
-        raise InputError(
-            f"{number} buckets cannot be chosen",
-            code="buckets",
-            expected=f"a whole number of buckets, from 1 to {MAX_BUCKETS}",
-            details={"number": number},
-        )
+    check_asked(Asked(number), slots)
     kept = _checked(counts, slots)
     firsts = np.unique(np.minimum(_round_up(kept[:, 0], multiple), slots[0]))
     options: list[tuple[float, Buckets]] = []
@@ -220,6 +214,19 @@ def choose_buckets(
         options += [(cost, tuple(rows[j] for j in path)) for cost, path in _cheapest(kept, rows, number, latency)]
     limit = min(cost for cost, _ in options) * (1 + TIE)
     return min((buckets for cost, buckets in options if cost <= limit), key=len)
+
+
+def check_asked(asked: Asked, slots: Bucket) -> None:
+    """Raise InputError `buckets` when no such buckets can be built."""
+    if asked.count is None:
+        given_buckets(asked.sizes, slots)
+    elif not 1 <= asked.count <= MAX_BUCKETS:
+        raise InputError(
+            f"{asked.count} buckets cannot be chosen",
+            code="buckets",
+            expected=f"a whole number of buckets, from 1 to {MAX_BUCKETS}",
+            details={"number": asked.count},
+        )
 
 
 def given_buckets(

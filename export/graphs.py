@@ -17,7 +17,7 @@ from edgeprune.export.plan import Counts, Plan, build_plan
 from edgeprune.export.request import Resolved
 from edgeprune.export.writer import WeightStore
 from edgeprune.pruning.adaptive import with_capacities
-from edgeprune.pruning.base import Constant, Reducer, Stage
+from edgeprune.pruning.base import Constant, Reducer, Stage, TopK
 from edgeprune.pruning.random import NoScorer, constant_selector
 from edgeprune.runtime.manifest import AdaptiveInfo, BucketInfo, CalibrationInfo, PreprocessInfo
 from edgeprune.runtime.ort import OrtBackend
@@ -73,7 +73,8 @@ def whole_plans(resolved: Resolved) -> tuple[dict[str, Plan], dict[float, str]]:
         plans["model"] = make_plan(resolved, stages, **tokens)
     shared: dict[Any, list[float]] = {}
     for rate, own in resolved.densities.items():
-        tellable = resolved.target.takes_slots and low_high[0] == low_high[1] and resolved.form is None
+        ranked = all(isinstance(stage.selector, TopK) for stage in own)
+        tellable = resolved.target.takes_slots and low_high[0] == low_high[1] and ranked
         shape = tuple((stage.index, stage.counts.fused) for stage in own)
         shared.setdefault(shape if tellable or not own else rate, []).append(rate)
     for rates in shared.values():

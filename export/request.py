@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgeprune.errors import InputError
-from edgeprune.export.buckets import given_buckets, parse_buckets
+from edgeprune.export.buckets import check_asked, parse_buckets
 from edgeprune.export.targets.base import Target
 from edgeprune.export.targets.registry import get_target
 from edgeprune.models.config import ViTConfig
@@ -178,21 +178,22 @@ def resolve_form(request: ExportRequest, target: Target, stages: tuple[Stage, ..
     if asked not in (AUTO, *FORMS):
         raise InputError(f"no form '{asked}'", code="adaptive", expected=f"one of {', '.join((AUTO, *FORMS))}")
     if asked == AUTO:
-        asked = "buckets" if request.buckets else target.adaptive_form if alone else "slots"
+        asked = target.adaptive_form if alone else "slots"
+        asked = asked if request.buckets is None else "buckets"
     if (asked == "buckets") != (request.buckets is not None):
         raise InputError(
-            f"--adaptive {asked} with{'' if request.buckets else 'out'} --buckets",
+            f"--adaptive {asked} with{'out' if request.buckets is None else ''} --buckets",
             code="buckets",
             expected="--buckets with --adaptive buckets, or with no --adaptive at all",
             hint="add --buckets auto:4 --calibration imagefolder:DIR, or leave both out",
         )
     if not adaptive:
-        if request.buckets or request.adaptive != AUTO:
+        if request.buckets is not None or request.adaptive != AUTO:
             raise InputError(
                 f"method '{request.method}' keeps as many tokens of every image",
-                code="buckets" if request.buckets else "adaptive",
+                code="adaptive" if request.buckets is None else "buckets",
                 expected="buckets and forms for a method whose token count depends on the image: ats, asvit, sait",
-                hint="give several keep rates instead: --keep-rate 1.0,0.7,0.5",
+                hint="give several keep rates instead: --keep-rate 1.0,0.7,0.5" if stages else None,
             )
         check_bucket_options(request)
         return None
@@ -217,8 +218,8 @@ def resolve_form(request: ExportRequest, target: Target, stages: tuple[Stage, ..
             expected="one of both: buckets follow the image, keep rates the user",
         )
     check_bucket_options(request)
-    if request.buckets and (sizes := parse_buckets(request.buckets).sizes):
-        given_buckets(sizes, tuple(stage.counts.kept for stage in stages))  # refused before weights are read
+    if request.buckets is not None:  # refused before weights are read
+        check_asked(parse_buckets(request.buckets), tuple(stage.counts.kept for stage in stages))
     return asked
 
 

@@ -31,7 +31,7 @@ class Limits:
         relative_error: largest error of a logit, as a share of the largest logit of the reference.
         top1_agreement: share of images with the same best class.
         kept_overlap: mean Jaccard index of the kept sets.
-        tie: scores closer than this, as a share of the largest score, may change places by rounding.
+        tie: scores closer than this, as a share of `scale_at`, may change places by rounding.
     """
 
     relative_error: float

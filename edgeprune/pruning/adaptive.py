@@ -16,6 +16,7 @@ from edgeprune.pruning.counts import StageCounts
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+EDGE_FLOOR = 0.01
 NOT_KEPT = -1e30  # below every threshold, above what NaN is ranked as
 
 
@@ -65,7 +66,7 @@ class Slots(Selector):
         return margin.minimum(cut_margin(self.prepare(scores, valid), counts))
 
     def count_margin(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Tensor:
-        """Return [B]: how far the count is from another one, as a share of the largest score."""
+        """Return [B]: how far the count is from another one, as a share of the scores next to it."""
         raise NotImplementedError
 
 
@@ -107,7 +108,8 @@ class Threshold(Slots):
         """Return [B]: between the threshold and the score nearest to it."""
         distance = (scores - self.limit(module)).abs()
         distance = distance if valid is None else distance.masked_fill(~valid, float("inf"))
-        return distance.amin(1) / scores.abs().amax(1).clamp(min=1e-30)
+        nearest, at = distance.min(1)
+        return nearest / scale_at(scores, scores.gather(1, at[:, None])[:, 0])
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def with_capacities(stages: Sequence[Stage], capacities: Sequence[int], *, fill:
 
 
 def rank_margin(scores: Tensor, k: int) -> Tensor:
-    """Return [B]: between the k-th and the next score, as a share of the largest magnitude; infinite when all stay."""
+    """Return [B]: between the k-th and the next score, as a share of `scale_at`; infinite when all stay."""
     import torch
 
     return cut_margin(scores, torch.full((len(scores),), k, device=scores.device))
@@ -172,7 +174,19 @@ def cut_margin(scores: Tensor, counts: Tensor) -> Tensor:
     if N == 1:
         return scores.new_full((len(scores),), float("inf"))
     ranked = scores.sort(1, descending=True).values
-    largest = scores.abs().masked_fill(scores <= NOT_KEPT, 0.0).amax(1).clamp(min=1e-30)
     at = counts.clamp(1, N - 1).unsqueeze(1)
-    gap = (ranked.gather(1, at - 1) - ranked.gather(1, at))[:, 0]
-    return (gap / largest).masked_fill((counts < 1) | (counts >= N), float("inf"))
+    kept, dropped = ranked.gather(1, at - 1)[:, 0], ranked.gather(1, at)[:, 0]
+    gap = (kept - dropped) / scale_at(scores, kept)
+    return gap.masked_fill((counts < 1) | (counts >= N), float("inf"))
+
+
+def scale_at(scores: Tensor, edge: Tensor) -> Tensor:
+    """Return [B]: how large scores [B, N] are where rounding could matter, next to a score `edge` [B].
+
+    Rounding errors of attention are a share of each weight, so where no score is negative the edge itself counts, but
+    no less than `EDGE_FLOOR` of the largest score; else the largest magnitude does.
+    """
+    there = scores.masked_fill(scores <= NOT_KEPT, 0.0)
+    largest = there.abs().amax(1).clamp(min=1e-30)
+    own = edge.abs().maximum(EDGE_FLOOR * largest)
+    return own.where((there >= 0).all(1), largest)

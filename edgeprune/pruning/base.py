@@ -122,7 +122,7 @@ class Selector:
         raise NotImplementedError
 
     def margin(self, scores: Tensor, valid: Tensor | None, module: nn.Module | None) -> Tensor:
-        """Return [B]: how far an image's choice is from another one, as a share of the largest score."""
+        """Return [B]: how far an image's choice is from another one, as a share of the scores next to it."""
         import torch
 
         return torch.full((len(scores),), torch.inf)

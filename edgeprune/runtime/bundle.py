@@ -30,6 +30,7 @@ from edgeprune.version import __version__
 
 TOOL = "edgeprune"
 _MAX_MANIFEST_BYTES = 16 << 20
+MAX_BATCH = 1 << 16
 _STALE_SECONDS = 24 * 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENOTEMPTY, errno.ENAMETOOLONG)
@@ -335,11 +336,12 @@ def _parse(text: bytes, where: str) -> Manifest:
 def _check_consistent(manifest: Manifest, where: str) -> None:
     """Refuse a manifest whose parts contradict each other."""
     low, high = manifest.batch
-    if not 1 <= low <= high:
+    if not 1 <= low <= high <= MAX_BATCH:
         raise _invalid(where, f"batch: {low} to {high} is no range")
     for name in _graphs_needed(manifest) - manifest.graphs.keys():
         raise _invalid(where, f"graphs: '{name}' is absent")
     _check_buckets(manifest, where)
+    _check_stages(manifest, where)
     for name, graph in manifest.graphs.items():
         if graph.file not in manifest.files:
             raise _invalid(where, f"graphs.{name}: {graph.file} is not among the files")
@@ -367,6 +369,24 @@ def _check_buckets(manifest: Manifest, where: str) -> None:
     falling = all(a >= b for row in rows for a, b in pairwise(row))
     if rows and not (nested and falling and rows[-1] == [stage.kept for stage in stages]):
         raise _invalid(where, "adaptive.buckets: they are not nested, or the last does not hold every token")
+
+
+def _check_stages(manifest: Manifest, where: str) -> None:
+    """Refuse graphs of an adaptive method or of several densities whose interface is not that of their stages."""
+    adaptive, stages = manifest.adaptive, manifest.method.stages
+    runs = [(bucket.graph, stages) for bucket in (adaptive.buckets if adaptive is not None else [])]
+    runs += [(density.graph, density.stages) for density in manifest.densities]
+    if adaptive is not None and not runs:
+        runs = [("model", stages)]
+    for name, own in runs:
+        graph = manifest.graphs[name]
+        shapes = {tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)}
+        told, counts = shapes.get("slots", [len(own)]), shapes.get("kept_counts", [-1, len(own)])
+        listed = sum(tensor.startswith("kept_indices_") for tensor in shapes)
+        if told != [len(own)] or counts[1:] != [len(own)] or listed not in (0, len(own)):
+            raise _invalid(where, f"graphs.{name}: its interface is not that of {len(own)} stages")
+        if adaptive is not None and adaptive.buckets and not {"token_count", "kept_counts"} <= shapes.keys():
+            raise _invalid(where, f"adaptive.buckets: '{name}' is no graph behind a stem")
 
 
 def _invalid(where: str, why: str) -> InputError:

@@ -13,6 +13,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Size = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -47,12 +48,12 @@ class StageInfo(_Model):
     Of an adaptive stage `kept` is the number of slots: an image keeps as many tokens as it needs, up to that.
     """
 
-    index: int
-    block: int
+    index: Count
+    block: Count
     where: str
-    tokens_in: int
-    kept: int
-    fused: int
+    tokens_in: Count
+    kept: Count
+    fused: Count
     reducer: str = "drop"
     adaptive: bool = False
 
@@ -77,7 +78,7 @@ class BucketInfo(_Model):
         latency_ms: of one run of the rest, measured when the bundle was made.
     """
 
-    capacities: list[Annotated[int, Field(ge=1)]]
+    capacities: list[Annotated[int, Field(ge=1, lt=1 << 31)]]
     graph: str
     share: Share | None = None
     latency_ms: Milliseconds | None = None
@@ -154,8 +155,8 @@ class GraphInfo(_Model):
     """One ONNX graph of the bundle."""
 
     file: str
-    inputs: list[TensorInfo]
-    outputs: list[TensorInfo]
+    inputs: Annotated[list[TensorInfo], Field(min_length=1)]
+    outputs: Annotated[list[TensorInfo], Field(min_length=1)]
 
 
 class PreprocessInfo(_Model):

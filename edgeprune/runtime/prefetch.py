@@ -5,12 +5,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
-_POLL_S = 0.1
+_POLL_S = 0.1  # how soon the thread notices that nobody wants more
 
 
 def prepare_ahead(items: Iterable[T], prepare: Callable[[T], U], ahead: int) -> Iterator[tuple[T, U]]:
@@ -19,31 +18,34 @@ def prepare_ahead(items: Iterable[T], prepare: Callable[[T], U], ahead: int) -> 
     An exception, of the iterable or of `prepare`, is raised in its place and ends the iteration. Closing the iterator
     ends the thread.
     """
-    ready: queue.Queue[tuple[T, U] | BaseException | None] = queue.Queue(maxsize=ahead)
-    closed = threading.Event()
+    ready: queue.SimpleQueue[tuple[T, U] | BaseException | None] = queue.SimpleQueue()
+    places, closed = threading.Semaphore(ahead), threading.Event()
 
-    def put(value: tuple[T, U] | BaseException | None) -> None:
+    def has_place() -> bool:
         while not closed.is_set():
-            with suppress(queue.Full):
-                ready.put(value, timeout=_POLL_S)
-                return
+            if places.acquire(timeout=_POLL_S):
+                return True
+        return False
 
     def work() -> None:
         try:
-            for item in items:
-                if closed.is_set():
+            source = iter(items)
+            while has_place():
+                try:
+                    item = next(source)
+                except StopIteration:
+                    ready.put(None)
                     return
-                put((item, prepare(item)))
-            put(None)
+                ready.put((item, prepare(item)))
         except BaseException as error:  # handed to the other thread, which raises it
-            put(error)
+            ready.put(error)
 
-    thread = threading.Thread(target=work, name="edgeprune-prepare", daemon=True)
-    thread.start()
+    threading.Thread(target=work, name="edgeprune-prepare", daemon=True).start()
     try:
         while (value := ready.get()) is not None:
             if isinstance(value, BaseException):
                 raise value
+            places.release()
             yield value
     finally:
         closed.set()

@@ -217,7 +217,7 @@ def stack(results: Sequence[Arrays], slots: Sequence[int]) -> Arrays:
     for name in results[0]:
         rows = [result[name] for result in results]
         if name.startswith(KEPT):
-            width = slots[int(name.removeprefix(KEPT))]
+            width = max(slots[int(name.removeprefix(KEPT))], *(row.shape[1] for row in rows))
             rows = [np.pad(row, ((0, 0), (0, width - row.shape[1])), constant_values=NO_PATCH) for row in rows]
         out[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
     return out

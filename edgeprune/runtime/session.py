@@ -220,7 +220,7 @@ class Session:
             runner.warmup(images)
 
     def stream(self, items: Iterable[Any], *, ahead: int = 2) -> Iterator[tuple[Any, Result]]:
-        """Yield (item, result) for one item after the other, in order; the next ones are prepared meanwhile.
+        """Return an iterator of (item, result), one after the other, in order; the next items are prepared meanwhile.
 
         Reading, decoding and preprocessing happen in another thread. Closing the iterator ends it.
 
@@ -236,8 +236,8 @@ class Session:
             raise InputError(f"{ahead} items ahead", code="ahead", expected="at least 1")
         low = self.manifest.batch[0]
         prepare = partial(as_input, info=self.manifest.preprocessing)
-        for item, image in prepare_ahead(items, prepare, ahead):
-            yield item, self.run(np.repeat(image[None], low, 0)).first()
+        prepared = prepare_ahead(items, prepare, ahead)
+        return ((item, self.run(np.repeat(image[None], low, 0)).first()) for item, image in prepared)
 
     def classify(self, paths: Sequence[Path | str] | Path | str, *, top: int = 5) -> list[Prediction]:
         """Return the most probable classes of image files, in the order given.

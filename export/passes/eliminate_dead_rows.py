@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from edgeprune.export.plan import Block, Head, Plan, Rows, Select, Step, fuses, with_steps
+from edgeprune.export.plan import Block, Counts, Head, Plan, Rows, Select, Step, fuses, with_steps
 from edgeprune.pruning.base import Needs, Reducer, Stage
 
 
@@ -44,8 +44,11 @@ def move_stages_forward(steps: Sequence[Step]) -> Iterator[Step]:
 
 
 def stage_is_dead(plan: Plan, stage: Stage) -> bool:
-    """Return whether nobody reads what a stage in the last block of a token-pooled model chooses."""
-    return not plan.token_outputs and not stage.selector.adaptive
+    """Return whether nobody reads what a stage in the last block of a token-pooled model chooses.
+
+    A graph that is told how many tokens its stages keep has all of them.
+    """
+    return not plan.token_outputs and not stage.selector.adaptive and plan.counts is Counts.SLOTS
 
 
 def narrow_to_kept(step: Step) -> Step:
