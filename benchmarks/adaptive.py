@@ -5,6 +5,7 @@ Runners, each one pass over the same images, batch 1 unless said:
   masked              one static graph with a slot for every token, those an image does not keep masked ("slots")
   static, own counts  for each image a graph built for exactly its counts: what nobody can ship, and the floor
   computed            one graph whose shapes follow the image
+  ragged              (batches) one graph, the rows of all images one behind the other
   buckets             stem, router, one of four rests; free slots masked
   buckets, next-best  the same, free slots hold the next best tokens
   static, bucket      for each image the whole network as a static graph of its bucket's size, nothing masked
@@ -73,6 +74,7 @@ SWITCHES = 200
 COMPUTED_GOAL, BUCKET_GOAL, MEMORY_GOAL, SWITCH_GOAL_MS = 1.01, 1.03, 1.3, 1.0
 
 DENSE, MASKED, OWN, COMPUTED = "dense", "masked", "static, own counts", "computed"
+RAGGED = "ragged"
 BUCKETS, FILLED, STATIC = "buckets", "buckets, next-best", "static, bucket"
 
 MEMORY_SCRIPT = """
@@ -183,13 +185,20 @@ class Case:
         forms = {
             MASKED: self._export("masked-batch", adaptive="slots", batch=batch),
             COMPUTED: self._export("computed-batch", adaptive="computed", batch=batch),
+            RAGGED: self._export("ragged-batch", adaptive="ragged", batch=batch),
             BUCKETS: self._export("buckets-batch", batch=batch, **self._calibrated()),
         }
         graphs = {DENSE: session(forms[MASKED], graph="dense"), **{name: session(b) for name, b in forms.items()}}
         runners: dict[str, Runner] = {name: partial(found.run, self.images) for name, found in graphs.items()}
         group = measure_group(f"{self.method}, a mixed batch", runners, batch=len(self.images), threads=1,
                               plan=measure_plan(self.arguments))  # fmt: skip
-        for top, bottom in ((MASKED, COMPUTED), (MASKED, BUCKETS), (DENSE, COMPUTED)):
+        for top, bottom in (
+            (MASKED, COMPUTED),
+            (MASKED, RAGGED),
+            (RAGGED, COMPUTED),
+            (MASKED, BUCKETS),
+            (DENSE, COMPUTED),
+        ):
             group.values[f"{top} / {bottom}"] = group.ratio(top, bottom)
         print_group(group, DENSE)
         return group

@@ -11,7 +11,7 @@ from edgeprune.bench.report import callers_table, report_notes, report_tables
 from edgeprune.bench.result import Extras
 from edgeprune.errors import CheckFailed
 from edgeprune.runtime.session import Result
-from tests.unit.bench.test_result import summary
+from tests.helpers.bench import summary
 
 BATCHES = [np.full((2, 3), i, np.float32) for i in range(4)]
 

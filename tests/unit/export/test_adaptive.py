@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -12,28 +11,11 @@ import torch
 
 from edgeprune.export.pipeline import PLAN_PASSES
 from edgeprune.pruning.model import PrunedViT
-from tests.helpers.lowering import Lowered, lowered, noise, random_model, relative_error, small, stages_of
+from tests.helpers.adaptive import ADAPTIVE, FIXED, METHODS, model_of
+from tests.helpers.lowering import Lowered, lowered, noise, relative_error
 from tests.helpers.pruned import counts_of, kept_sets, run
 
 TARGETS = ["onnx", "ort-cpu"]
-# method, keep rate, stages, options
-METHODS: dict[str, tuple[str, float, str | None, dict[str, str]]] = {
-    "ats official": ("ats", 1.0, "1,2", {"variant": "official"}),
-    "ats paper": ("ats", 0.7, "1,2", {"variant": "paper"}),
-    "asvit": ("asvit", 1.0, "1,2", {}),
-    "asvit, few slots": ("asvit", 0.5, "1,2", {}),
-    "asvit, batch mean": ("asvit", 1.0, "1,2", {"count": "batch-mean"}),
-    "sait mass": ("sait", 1.0, "1", {"mass": "0.7"}),
-    "sait value, few slots": ("sait", 0.375, "1", {"select": "value", "value": "0.9", "tis": "colmean"}),
-    "sait topk": ("sait", 0.5, "1", {"select": "topk"}),
-    "cropr": ("cropr", 1.0, None, {"tokens_per_block": "2"}),
-    "cropr without fusion": ("cropr", 1.0, None, {"tokens_per_block": "2", "llf": "false"}),
-    "tome": ("tome", 1.0, None, {"r": "3"}),
-    "tome, plain attention": ("tome", 1.0, None, {"r": "3", "schedule": "decreasing", "prop_attn": "false"}),
-}
-ADAPTIVE = [name for name, (method, *_) in METHODS.items() if method in ("ats", "asvit", "sait") and "topk" not in name]
-FIXED = [name for name in METHODS if name not in ADAPTIVE]
-PREFIXES: dict[int, dict[str, Any]] = {1: {}, 2: {"distilled": True}, 5: {"reg_tokens": 4}}
 # every batch and every prefix with the plan passes and without
 CASES = [
     ((1, 1), True, 1),
@@ -44,17 +26,6 @@ CASES = [
     ((1, 4), False, 5),
 ]
 FORBIDDEN = {"NonZero", "Loop", "If", "Unique", "Scan", "Compress"}
-
-
-def model_of(name: str, prefix: int = 1, **fields: Any) -> PrunedViT:
-    method, rate, text, options = METHODS[name]
-    config = small(**{"depth": 3, **PREFIXES[prefix], **fields})
-    model = random_model(config, stages_of(config, method, rate, text, **options))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("keep_threshold"):
-                parameter.fill_(0.03 + 0.01 * int(key.split(".")[1]))
-    return model
 
 
 def graph_of(model: PrunedViT, folder: Path, target: str, batch: tuple[int, int], short: bool = True) -> Lowered:

@@ -23,10 +23,10 @@ from edgeprune.export.targets.registry import TARGETS
 from edgeprune.export.writer import WeightStore
 from edgeprune.pruning.adaptive import with_capacities
 from edgeprune.pruning.model import PrunedOutput, PrunedViT
+from tests.helpers import adaptive
 from tests.helpers.lowering import lowered, noise, relative_error
 from tests.helpers.pruned import counts_of, kept_sets, run
 from tests.helpers.reference_vit import LVVIT
-from tests.unit.export import test_adaptive as adaptive
 
 TARGET_NAMES = ["onnx", "ort-cpu"]
 NAMES = [name for name in adaptive.ADAPTIVE if "batch mean" not in name]

@@ -12,7 +12,7 @@ from edgeprune.bench.result import Extras
 from edgeprune.errors import InputError
 from edgeprune.runtime.manifest import AdaptiveInfo
 from edgeprune.runtime.router import Trace
-from tests.unit.bench.test_result import summary
+from tests.helpers.bench import summary
 
 SLOTS = [16, 16]
 CALIBRATION = {
