@@ -135,7 +135,7 @@ class GraphWriter:
         asked, slots = parse_buckets(request.buckets or ""), tuple(s.counts.kept for s in resolved.stages)
         calibration: CalibrationInfo | None = None
         if resolved.target.takes_slots:  # for one image at a time: its shapes may be anything
-            self.write(["stem", "rest"], self._split(slots, counts=Counts.GIVEN, batch=(1, 1)))
+            self.write(["stem", "rest"], self.split_plan(slots, counts=Counts.GIVEN, batch=(1, 1)))
         if request.calibration is not None:
             images = np.zeros((self._batch(), resolved.config.in_chans, *resolved.config.image_size), np.float32)
             rests = MeasuredRests(self, slots, images)
@@ -159,11 +159,12 @@ class GraphWriter:
         made: list[BucketInfo] = []
         for bucket in buckets:
             name = rest_name(bucket, buckets)
-            self.write(["stem" if not made else None, name], self._split(tuple(bucket.capacities)))
+            self.write(["stem" if not made else None, name], self.split_plan(tuple(bucket.capacities)))
             made.append(bucket.model_copy(update={"graph": name}))
         return made
 
-    def _split(self, capacities: Bucket, **fields: Any) -> Plan:
+    def split_plan(self, capacities: Bucket, **fields: Any) -> Plan:
+        """Return the plan of stem and rest for some slots; `fields` go to `build_plan`."""
         request = self.resolved.request
         stages = with_capacities(self.resolved.stages, capacities, fill=request.fill == "next-best")
         fields = {"batch": (1, request.batch[1]), "token_outputs": request.token_outputs, **fields}
@@ -222,7 +223,7 @@ class MeasuredRests:
     def _write_trial(self, capacities: Bucket, *, with_stem: bool = False) -> str:
         name = "trial_" + "_".join(map(str, capacities))
         if name not in self.writer.infos:
-            self.writer.write(["trial" if with_stem else None, name], self.writer._split(capacities))
+            self.writer.write(["trial" if with_stem else None, name], self.writer.split_plan(capacities))
         return name
 
     def _open(self, name: str) -> OrtBackend:
