@@ -11,7 +11,7 @@ Runners, each one pass over the same images, batch 1 unless said:
   static, bucket      for each image the whole network as a static graph of its bucket's size, nothing masked
 
 DeiT-S with random weights whose attention is sharpened (queries and keys scaled up), so that counts differ from image
-to image; images are drawn at random with different contrasts, 192 to calibrate with and others to measure.
+to image; images are drawn at random with different contrasts, some to calibrate with and others to measure.
 
     python benchmarks/adaptive.py [--model NAME] [--images 8] [--rounds 24] [--quick]
 """
@@ -58,6 +58,7 @@ from edgeprune.export.graphs import make_plan
 from edgeprune.export.pipeline import lower
 from edgeprune.export.request import resolve
 from edgeprune.export.writer import WeightStore
+from edgeprune.models.registry import get_model_config
 from edgeprune.pruning.adaptive import with_capacities
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.ort import OrtBackend
@@ -65,9 +66,7 @@ from edgeprune.runtime.router import IMAGES, Trace
 from edgeprune.runtime.session import Session
 
 METHODS: dict[str, dict[str, str]] = {"sait": {"mass": "0.9"}, "asvit": {}, "ats": {}}
-SHARPNESS = 2.0  # of the attention's logits; leaves a half to two thirds of the tokens
 CONTRASTS = (0.25, 0.5, 1.0)
-CALIBRATION_IMAGES = 192
 TOLERANCE = 1e-4
 DENSITIES = (1.0, 0.7, 0.5, 0.3)
 SWITCHES = 200
@@ -97,6 +96,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224", help="a name that `edgeprune models` lists")
     parser.add_argument("--images", type=int, default=8, help="images of a pass (default: 8)")
+    parser.add_argument("--calibration-images", type=int, default=192, help="(default: 192)")
+    parser.add_argument("--sharpness", type=float, default=3.0, help="factor of the attention's logits (default: 3)")
     parser.add_argument("--rounds", type=int, default=24, help="rounds per group; two make a block (default: 24)")
     add_output_options(parser)
     arguments = parser.parse_args()
@@ -130,12 +131,12 @@ class Case:
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
                 if name.endswith("attn.qkv.weight"):
-                    weight[: 2 * len(weight) // 3] *= SHARPNESS**0.5
+                    weight[: 2 * len(weight) // 3] *= arguments.sharpness**0.5
         self.checkpoint = folder / "sharpened.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, self.checkpoint)
         self.calibration = folder / "images"
         self.calibration.mkdir()
-        self._draw(CALIBRATION_IMAGES, seed=1, folder=self.calibration)
+        self._draw(arguments.calibration_images, seed=1, folder=self.calibration)
         self.forms: dict[str, Bundle] = {
             MASKED: self._export("masked", adaptive="slots"),
             COMPUTED: self._export("computed", adaptive="computed"),
@@ -175,7 +176,9 @@ class Case:
             (DENSE, COMPUTED), (DENSE, BUCKETS), (DENSE, OWN),
         ):  # fmt: skip
             group.values[f"{top} / {bottom}"] = group.ratio(top, bottom)
+        group.values["masked / computed by MACs"] = exact(self._saved())
         group.values["router overhead, share of a run"] = self._overhead(sessions[BUCKETS])
+        group.values["images that ran again"] = exact(self._again(sessions[BUCKETS]))
         print_group(group, DENSE)
         return group
 
@@ -239,6 +242,22 @@ class Case:
                 if not error <= TOLERANCE:
                     raise SystemExit(f"{self.method}, image {i}: {name} differs from PyTorch by {error:.1e}")
 
+    def _saved(self) -> float:
+        """Return how many times the multiply-accumulates the masked graph executes, over the images' own counts."""
+        stages = self.resolved.stages
+        full = tuple(stage.counts.kept for stage in stages)
+        own = [make_plan(self.resolved, with_capacities(stages, np.maximum(c, 1).tolist())).macs() for c in self.counts]
+        return make_plan(self.resolved, with_capacities(stages, full)).macs() / float(np.mean(own))
+
+    def _again(self, routed: Session) -> float:
+        """Return the share of images that run in more than one bucket."""
+        again = 0
+        for image in self.images:
+            trace = Trace()
+            routed.run(image[None], trace=trace)
+            again += len(trace.runs) > 1
+        return again / len(self.images)
+
     def _overhead(self, routed: Session) -> Any:
         """Return the share of a run that is neither stem nor rest, the median over runs."""
         from time import perf_counter
@@ -296,7 +315,8 @@ def measure_memory(model: str, directory: Path) -> dict[str, Any]:
     """Return how much memory opening a bundle and running all of it takes, each in a process of its own, MiB."""
     common: dict[str, Any] = {"model": model, "random_weights": True, "verify": False}
     adaptive = {**common, "method": "sait", "method_options": {"mass": "0.9"}}
-    sizes = "48,96,144,196"
+    quarter = get_model_config(model).num_patches // 4
+    sizes = f"{quarter},{2 * quarter},{3 * quarter},{4 * quarter}"
     requests = {
         "ort-cpu, computed": ExportRequest(**adaptive),
         "ort-cpu, four buckets": ExportRequest(**adaptive, buckets=sizes),

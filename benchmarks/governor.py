@@ -44,7 +44,7 @@ def main() -> None:
     add_output_options(parser)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.seconds, arguments.repeats = [5, 8, 12], 1
+        arguments.seconds, arguments.repeats = [2, 3, 4], 1
     busy = 2 * len(usable_cores()) if arguments.busy is None else arguments.busy
     with tempfile.TemporaryDirectory(prefix="edgeprune-benchmark-") as directory:
         request = ExportRequest(

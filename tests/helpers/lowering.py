@@ -88,9 +88,12 @@ def lowered(
     selection: str = "native",
     name: str = "model",
     counts: Counts = Counts.SLOTS,
+    packed: int = 0,
 ) -> Lowered:
     """Lower a model with some plan passes; none of them computes every row."""
-    plan = build_plan(model.config, model.stages, batch=batch, token_outputs=token_outputs, counts=counts)
+    plan = build_plan(
+        model.config, model.stages, batch=batch, token_outputs=token_outputs, counts=counts, packed=packed
+    )
     for plan_pass in passes:
         plan = plan_pass(plan)
     folder.mkdir(parents=True, exist_ok=True)

@@ -96,12 +96,19 @@ def test_export_step_is_measured(export_cost: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["ort_cpu_efficiency", "ort_cpu_peers", "export_cost"])
-def test_benchmark_writes_its_result(script: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "own"),
+    [
+        ("ort_cpu_efficiency", ["--batch", "1"]),
+        ("ort_cpu_peers", ["--batch", "1"]),
+        ("export_cost", []),
+        ("adaptive", ["--images", "2", "--calibration-images", "8"]),
+        ("governor", ["--busy", "1", "--fps", "50"]),
+    ],
+)
+def test_benchmark_writes_its_result(script: str, own: list[str], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    options = ["--model", "vit_digits", "--quick", "--out", str(tmp_path / "result.json")]
-    if script != "export_cost":
-        options += ["--batch", "1"]
+    options = ["--model", "vit_digits", "--quick", "--out", str(tmp_path / "result.json"), *own]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{script}.py"), *options], capture_output=True, text=True, check=False
     )
