@@ -57,41 +57,51 @@ def random_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
 
 
 def whole_plans(resolved: Resolved) -> tuple[dict[str, Plan], dict[float, str]]:
-    """Return the plans of all graphs but stem and rests by name, and the graph of every density.
-
-    Densities that differ in nothing but their counts share a graph that is told them, where the target has such.
-    """
-    request, stages, low_high = resolved.request, resolved.stages, resolved.request.batch
-    tokens: dict[str, Any] = {"token_outputs": request.token_outputs}
-    plans: dict[str, Plan] = {}
-    graphs: dict[float, str] = {}
-    if resolved.form in ("computed", "ragged"):
-        tokens |= {"counts": Counts.COMPUTED, "batch": (1, 1)}
-    if resolved.form == "ragged":
-        tokens |= {"packed": low_high[0]}
-    if not resolved.densities and resolved.form != "buckets":
-        plans["model"] = make_plan(resolved, stages, **tokens)
-    shared: dict[Any, list[float]] = {}
-    for rate, own in resolved.densities.items():
-        ranked = all(isinstance(stage.selector, TopK) for stage in own)
-        tellable = resolved.target.takes_slots and low_high[0] == low_high[1] and ranked
-        shape = tuple((stage.index, stage.counts.fused) for stage in own)
-        shared.setdefault(shape if tellable or not own else rate, []).append(rate)
-    for rates in shared.values():
-        largest = resolved.densities[max(rates)]
-        name = "model" if stages in [resolved.densities[rate] for rate in rates] else f"model_{rates[0]}"
-        if not largest:
-            name = "dense" if stages else "model"
-        else:
-            told = {"counts": Counts.GIVEN} if len(rates) > 1 else {}
-            plans[name] = make_plan(resolved, largest, **tokens, **told)
-        graphs |= dict.fromkeys(rates, name)
+    """Return the plans of all graphs but stem and rests by name, and the graph of every density."""
+    stages, of_density = resolved.stages, {}
     if not stages:
-        return {"model": make_plan(resolved, ())}, graphs
+        return {"model": make_plan(resolved, ())}, dict.fromkeys(resolved.densities, "model")
+    options = form_options(resolved)
+    plans: dict[str, Plan] = {}
+    for rates in group_densities(resolved):
+        own, told = resolved.densities[max(rates)], {"counts": Counts.GIVEN} if len(rates) > 1 else {}
+        first = stages in [resolved.densities[rate] for rate in rates]
+        name = "dense" if not own else "model" if first else f"model_{rates[0]}"
+        of_density |= dict.fromkeys(rates, name)
+        if own:
+            plans[name] = make_plan(resolved, own, **options, **told)
+    if not resolved.densities and resolved.form != "buckets":
+        plans["model"] = make_plan(resolved, stages, **options)
     plans["dense"] = make_plan(resolved, ())
     if resolved.form in (None, "slots"):
         plans["random"] = make_plan(resolved, random_stages(stages))
-    return plans, graphs
+    return plans, of_density
+
+
+def form_options(resolved: Resolved) -> dict[str, Any]:
+    """Return what the form asks of a plan."""
+    options: dict[str, Any] = {"token_outputs": resolved.request.token_outputs}
+    if resolved.form in ("computed", "ragged"):
+        options |= {"counts": Counts.COMPUTED, "batch": (1, 1)}
+    if resolved.form == "ragged":
+        options["packed"] = resolved.request.batch[0]
+    return options
+
+
+def group_densities(resolved: Resolved) -> list[list[float]]:
+    """Return the densities in groups of one graph each.
+
+    Those that differ in nothing but their counts share a graph that is told them, where the target has such; so do all
+    that keep every token.
+    """
+    low, high = resolved.request.batch
+    groups: dict[Any, list[float]] = {}
+    for rate, stages in resolved.densities.items():
+        ranked = all(isinstance(stage.selector, TopK) for stage in stages)
+        tellable = resolved.target.takes_slots and low == high and ranked
+        shape = tuple((stage.index, stage.counts.fused) for stage in stages)
+        groups.setdefault(shape if tellable or not stages else rate, []).append(rate)
+    return list(groups.values())
 
 
 def bucket_graphs(resolved: Resolved) -> list[str]:
@@ -229,7 +239,8 @@ class MeasuredRests:
     def _open(self, name: str) -> OrtBackend:
         if name not in self._backends:
             path = self.writer.folder / f"{name}.onnx"
-            self._backends[name] = OrtBackend(path, threads=THREADS, spinning=False)
+            # many trials are open at once, so they share their weights, as a session of several rests does
+            self._backends[name] = OrtBackend(path, threads=THREADS, spinning=False, prepack=self._told)
         return self._backends[name]
 
 
