@@ -58,7 +58,7 @@ def random_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
 
 def whole_plans(resolved: Resolved) -> tuple[dict[str, Plan], dict[float, str]]:
     """Return the plans of all graphs but stem and rests by name, and the graph of every density."""
-    stages, of_density = resolved.stages, {}
+    stages, of_density = resolved.stages, dict[float, str]()
     if not stages:
         return {"model": make_plan(resolved, ())}, dict.fromkeys(resolved.densities, "model")
     options = form_options(resolved)

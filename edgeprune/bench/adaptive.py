@@ -96,7 +96,7 @@ class AdaptiveResult:
         router_share: the same as a share of the run.
     """
 
-    form: Literal["slots", "computed", "buckets"]
+    form: Literal["slots", "computed", "ragged", "buckets"]
     runner: str
     images: int
     runs: int

@@ -199,9 +199,10 @@ class Router:
     def _finish(self, results: list[Arrays]) -> Arrays:
         out = stack(results, self.slots)
         counts = out[KEPT_COUNTS]
-        out[OVERFLOW] = (counts > np.array(self.slots, np.int32)).any(1).astype(np.int32)
+        out[OVERFLOW] = np.logical_or.reduce(counts > np.array(self.slots), axis=1).astype(np.int32)
         if self.fill:
-            out[KEPT_COUNTS] = np.maximum(counts, np.array(self.buckets, np.int32)[out[BUCKET]])
+            held = np.take(np.array(self.buckets, np.int32), out[BUCKET], axis=0)
+            out[KEPT_COUNTS] = np.maximum(counts, held)
         return out
 
 
