@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgeprune.models.checkpoint import Checkpoint
     from edgeprune.pruning.model import PrunedViT
     from edgeprune.runtime.bundle import Bundle, BundleWriter
-    from edgeprune.runtime.manifest import ParityInfo
+    from edgeprune.runtime.manifest import AdaptiveInfo, ParityInfo
     from edgeprune.runtime.session import Session
 
 VERIFY_IMAGES = 4
@@ -204,6 +204,7 @@ def write_bundle(
             report("lowering stem and rest", 0.4)
             info = PreprocessInfo.model_validate(preprocessing(config))
             adaptive = graphs.write_buckets(model, info, lambda step, share: report(step, 0.4 + 0.25 * share))
+            warnings = [*warnings, *slow_buckets(adaptive)]
         elif resolved.form is not None:
             adaptive = AdaptiveInfo.model_validate({"form": resolved.form})
     if not model.exact_in_batch and request.batch[1] > 1:
@@ -252,6 +253,17 @@ def write_bundle(
     bundle = writer.finish(fields)
     report("done", 1.0)
     return bundle
+
+
+def slow_buckets(adaptive: AdaptiveInfo) -> list[str]:
+    """Return a warning when calibration expects no gain."""
+    found = adaptive.calibration
+    if found is None or found.expected_ms < found.dense_ms:
+        return []
+    return [
+        f"the buckets are expected to take {found.expected_ms:.3g} ms for these images, the dense graph takes "
+        f"{found.dense_ms:.3g} ms here"
+    ]
 
 
 def preprocessing(config: ViTConfig) -> dict[str, Any]:

@@ -44,6 +44,8 @@ FILL_MARGIN = 1.1
 Report = Callable[[str, float], None]
 Bucket = tuple[int, ...]
 K = TypeVar("K")
+STEM: Bucket = ()
+DENSE: Bucket = (0,)
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,13 @@ class Rests:
     Attributes:
         stem: runs the stem on some images.
         rest: capacities -> a call that runs the rest on what the stem gave for the same images.
+        dense: runs the dense graph on `dense_images` images.
     """
 
     stem: Callable[[], object]
     rest: Callable[[Bucket], Callable[[], object]]
+    dense: Callable[[], object]
+    dense_images: int
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,8 @@ def calibrate(
     report("measuring the chosen buckets", 0.8)
     if fill:
         buckets = fit_filled(model, buckets, counts, first_images, multiple)
-    timed = measure_in_turns({(): rests.stem, **{b: rests.rest(b) for b in buckets}})
-    stem_ms = timed.pop(())
+    timed = measure_in_turns({STEM: rests.stem, DENSE: rests.dense, **{b: rests.rest(b) for b in buckets}})
+    stem_ms, dense_ms = timed.pop(STEM), timed.pop(DENSE) * batch / rests.dense_images
     if fill:
         counts = count_filled(model, buckets, counts, first_images)
     expected = expect(counts, buckets, Measured(timed), stem_ms)
@@ -132,6 +137,7 @@ def calibrate(
         histograms=histogram(counts),
         curve=list(ms.items()),
         stem_ms=stem_ms,
+        dense_ms=dense_ms,
         expected_ms=expected.expected_ms,
         overflow=expected.overflow,
         held_out_overflow=None if fill else held_out[margin].overflow,

@@ -210,7 +210,10 @@ class MeasuredRests:
 
     def calls(self) -> Rests:
         """Return them as `calibrate` takes them."""
-        return Rests(self._run_stem, self._rest)
+        dense = self._open("dense")
+        fixed = dense.inputs[0].shape[0]
+        images = self.images if fixed == -1 else np.repeat(self.images[:1], fixed, 0)
+        return Rests(self._run_stem, self._rest, partial(dense.run, {IMAGES: images}), len(images))
 
     def remove(self) -> None:
         """Delete what was written to try."""
@@ -240,7 +243,8 @@ class MeasuredRests:
         if name not in self._backends:
             path = self.writer.folder / f"{name}.onnx"
             # many trials are open at once, so they share their weights, as a session of several rests does
-            self._backends[name] = OrtBackend(path, threads=THREADS, spinning=False, prepack=self._told)
+            prepack = self._told or name == "dense"
+            self._backends[name] = OrtBackend(path, threads=THREADS, spinning=False, prepack=prepack)
         return self._backends[name]
 
 

@@ -94,7 +94,7 @@ def calibration_rows(found: CalibrationInfo) -> list[tuple[str, Any]]:
     return [
         ("calibrated on", f"{found.images} images of {found.data}; {found.cpu}, {found.threads} thread(s)"),
         ("stem", f"{found.stem_ms:.3f} ms"),
-        ("expected", f"{found.expected_ms:.3f} ms per run"),
+        ("expected", f"{found.expected_ms:.3f} ms per run; {found.dense_ms:.3f} ms for the dense graph"),
         ("run again", f"{100 * found.overflow:.1f} % of these images, in a larger bucket"),
         ("of other images", None if others is None else f"{100 * others:.1f} %, cross-validated"),
         ("rest by slots", ", ".join(f"{tokens}: {ms:.3f} ms" for tokens, ms in found.curve)),

@@ -92,6 +92,7 @@ class CalibrationInfo(_Model):
         histograms: per stage (tokens an image wants to keep, images).
         curve: measured (slots at every stage, milliseconds of one run of the rest).
         stem_ms: milliseconds of one run of the stem.
+        dense_ms: milliseconds the dense graph takes for as many images.
         expected_ms: mean over the images of stem and rest, runs that overflow included.
         overflow: share of these images that run again in a larger bucket.
         held_out_overflow: the same of images the buckets were not chosen by (two halves, each judged by the buckets of
@@ -105,6 +106,7 @@ class CalibrationInfo(_Model):
     histograms: list[list[tuple[int, int]]]
     curve: list[tuple[int, Milliseconds]]
     stem_ms: Milliseconds
+    dense_ms: Milliseconds
     expected_ms: Milliseconds
     overflow: Share
     held_out_overflow: Share | None = None

@@ -21,6 +21,7 @@ CALIBRATION = {
     "histograms": [],
     "curve": [],
     "stem_ms": 1.0,
+    "dense_ms": 9.0,
     "expected_ms": 3.5,
     "overflow": 0.1,
     "batch": 1,

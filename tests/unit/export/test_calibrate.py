@@ -41,6 +41,8 @@ def test_manifest_says_what_was_seen_and_expected(tmp_path: Path, target: str, f
     assert (found.data, found.images) == ("digits", 48)
     assert [sum(images for _, images in stage) for stage in found.histograms] == [48] * len(rows[0])
     assert found.expected_ms > found.stem_ms > 0
+    slow = [warning for warning in manifest.warnings if "the dense graph takes" in warning]
+    assert bool(slow) == (found.expected_ms >= found.dense_ms)
     assert (found.held_out_overflow is None) == (fill == "next-best")
     assert all(bucket.latency_ms is not None for bucket in adaptive.buckets)
     multiple = 1 if target == "ort-cpu" else 8

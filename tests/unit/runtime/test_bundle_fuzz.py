@@ -36,6 +36,7 @@ CALIBRATION = {
     "histograms": [[[20, 3], [30, 1]], [[10, 4]]],
     "curve": [[4, 1.0], [64, 2.0]],
     "stem_ms": 1.0,
+    "dense_ms": 9.0,
     "expected_ms": 2.5,
     "overflow": 0.25,
     "batch": 1,
