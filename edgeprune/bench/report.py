@@ -140,11 +140,11 @@ def _session_notes(result: BenchResult) -> Iterator[str]:
     if result.switch_us is not None:
         yield f"switching the density takes {result.switch_us:.2f} us (median)"
     opened = [
-        f"{m.session} +{m.after_mib - m.before_mib:.1f}"
+        f"{m.session} {max(0.0, m.after_mib - m.before_mib):+.1f}"
         for m in result.memory
         if m.before_mib is not None and m.after_mib is not None
     ]
-    if opened:
+    if opened and (result.adaptive is not None or result.densities):
         yield f"resident memory (Pss, MiB) by opening each session, in this order: {', '.join(opened)}"
     if result.callers is not None:
         cores = result.fingerprint.get("usable_cores")
