@@ -70,7 +70,7 @@ class LoadedPlugins:
         version: of the library, as it says.
         way: "load_library", "self-registration", or "already registered".
         creators: every creator, in the order of `contract.CREATORS`.
-        handle: keeps the library; TensorRT's or ctypes'.
+        handle: TensorRT's of a library it has loaded; prints as a null capsule.
     """
 
     tensorrt: str
@@ -134,6 +134,8 @@ def load_plugins(trt: Any = None, logger: Any = None, *, self_register: bool = F
 def read_library(path: Path, library: Library, tensorrt: str) -> LibraryInfo:
     """Open a library and return what it says of itself.
 
+    One that registers itself does so here. That is safe: it has to be linked to its TensorRT, and opens no other.
+
     Args:
         path: the file.
         library: the one it should be.
@@ -180,17 +182,15 @@ def _load(trt: Any, tensorrt: str, library: Library, self_register: bool) -> Loa
     by_itself = self_register or not hasattr(trt.get_plugin_registry(), "load_library")
     info = read_library(candidate.path, library, tensorrt)
     handle: Any = None
-    if by_itself:
-        handle = _open_to_register(candidate.path, tensorrt)
-    elif not _listed(trt):  # opening it may have been enough
+    if not by_itself and not _listed(trt):  # opening it may have been enough
         handle = _hand_over(trt, candidate.path, tensorrt)
     try:
         creators = _verify(trt, tensorrt, candidate.path)
     except EnvironmentLackError:
-        if handle is not None and not by_itself:
+        if handle is not None:
             _take_back(trt, handle)
         raise
-    way = "self-registration" if by_itself or handle is None else "load_library"
+    way = "self-registration" if handle is None else "load_library"
     return LoadedPlugins(
         tensorrt, candidate.path, candidate.place, info.abi, info.version, way, creators, handle=handle
     )
@@ -208,17 +208,6 @@ def _choose(library: Library, tensorrt: str) -> Candidate:
     if candidate is None:
         raise missing(library, tensorrt, candidates)
     return candidate
-
-
-def _open_to_register(path: Path, tensorrt: str) -> ctypes.CDLL:
-    """Open a library so that its own start-up code finds TensorRT's registry.
-
-    Python opens TensorRT for itself alone; a library that is not linked to it sees its symbols only once they are
-    made global.
-    """
-    with suppress(OSError):
-        ctypes.CDLL(f"libnvinfer.so.{tensorrt.partition('.')[0]}", mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD)
-    return ctypes.CDLL(str(path))
 
 
 def _hand_over(trt: Any, path: Path, tensorrt: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,41 @@ class FakeTensorRT:
     def __getattr__(self, name: str) -> Any:
         assert name not in ("Builder", "Runtime"), f"{name} needs a GPU"
         raise AttributeError(name)
+
+
+OLD_HEADER = "#define NV_TENSORRT_MAJOR {} //!< major\n#define NV_TENSORRT_MINOR {} //!< minor\n"
+NEW_HEADER = (
+    "#define TRT_MAJOR_ENTERPRISE {}\n#define TRT_MINOR_ENTERPRISE {}\n"
+    "#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE //!< major\n#define NV_TENSORRT_MINOR TRT_MINOR_ENTERPRISE\n"
+)
+
+
+def write_headers(root: Path, major: int, minor: int, folder: str = "include") -> Path:
+    """Write what a build looks for in TensorRT's headers; newer versions define their numbers in two steps."""
+    include = root / folder
+    include.mkdir(parents=True)
+    (include / "NvInfer.h").write_text("// nothing\n")
+    text = OLD_HEADER if (major, minor) < (10, 13) else NEW_HEADER
+    (include / "NvInferVersion.h").write_text(text.format(major, minor))
+    return root
+
+
+def write_tool(folder: Path, name: str, body: str) -> Path:
+    """Write an executable shell script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def install_tools(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a checkout, the fake cmake and an nvcc on an otherwise empty machine; return the log of cmake's arguments."""
+    write_tool(home / "bin", "cmake", f'exec "{sys.executable}" "{Path(__file__).with_name("fake_cmake.py")}" "$@"')
+    write_tool(home / "bin", "nvcc", "exit 0")
+    sources = home / "checkout/plugins"
+    sources.mkdir(parents=True)
+    (sources / "CMakeLists.txt").touch()
+    monkeypatch.setenv("PATH", str(home / "bin"))
+    monkeypatch.setenv("FAKE_CMAKE_LOG", str(home / "cmake.log"))
+    return home / "cmake.log"
