@@ -73,12 +73,13 @@ def path(ui: Ui, tensorrt: str | None) -> dict[str, Any]:
     library = library_for(version)
     candidates = find_candidates(library)
     found = chosen(candidates)
-    ui.results = {
+    results = {
         "tensorrt": version,
         "library": library.file,
         "path": found.path if found else None,
         "candidates": [vars(candidate) for candidate in candidates],
     }
+    ui.results = results  # also when nothing was found
     shown = table("place", "file", "")
     for candidate in candidates:
         shown.add_row(candidate.place, str(candidate.path), candidate.passed_over or "taken")
@@ -86,7 +87,7 @@ def path(ui: Ui, tensorrt: str | None) -> dict[str, Any]:
     if found is None:
         raise missing(library, version, candidates)
     ui.data(str(found.path))
-    return ui.results
+    return results
 
 
 @verb(

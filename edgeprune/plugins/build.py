@@ -26,9 +26,11 @@ PRESETS = ("desktop", "orin", "thor")
 CUDA_FOLDERS = (Path("/usr/local/cuda"), Path("/opt/cuda"))
 SYSTEM_ROOTS = (Path("/usr"), Path("/usr/local/tensorrt"), Path("/usr/local/TensorRT"), Path("/opt/tensorrt"))
 ROOT_VARIABLES = {"TENSORRT8_ROOT": 8, "TENSORRT10_ROOT": 10, "TENSORRT_ROOT": None}  # with the ABI they are for
+LEAST_CMAKE = (3, 21)
 REPOSITORY = "https://github.com/NVIDIA/TensorRT"
 TAIL = 15  # lines of output in an error
 _PROGRESS = re.compile(r"\[\s*(?:(\d+)%|(\d+)/(\d+))\s*\]")  # of make and of ninja
+_ERROR = re.compile(r"\b(fatal|error)\s*:", re.IGNORECASE)
 _ARCH = re.compile(r"\d{2,3}[af]?(-real|-virtual)?|native|all|all-major")
 
 _log = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def build_plugins(request: BuildRequest, progress: Report = lambda step, share: 
         stage = work / "stage"
         install = [tools.cmake, "--install", str(work / "build"), "--prefix", str(stage)]
         _run("installing", install, work, progress, (0.95, 0.99))
-        built = [_built(stage, found.library) for found in headers]
+        built = [_built((stage, work / "build"), found.library) for found in headers]
         for path in built:
             path.replace(output / path.name)
     progress("installed", 1.0)
@@ -191,8 +193,9 @@ def find_tools(headers: Sequence[Headers], environ: Mapping[str, str] = os.envir
     path = environ.get("PATH", "")
     cmake = shutil.which("cmake", path=path)
     nvcc = _find_nvcc(environ, path)
+    recent = cmake is not None and _version_of(cmake) >= LEAST_CMAKE
     lacking = {
-        "cmake": None if cmake else "pip install cmake, or apt install cmake",
+        "cmake {}.{} or newer".format(*LEAST_CMAKE): None if recent else "pip install cmake",
         "nvcc": None if nvcc else "install the CUDA toolkit (on a Jetson: apt install cuda-toolkit), or set CUDACXX",
         "TensorRT's headers": None
         if headers
@@ -202,7 +205,7 @@ def find_tools(headers: Sequence[Headers], environ: Mapping[str, str] = os.envir
     advice = {name: what for name, what in lacking.items() if what}
     if cmake is None or nvcc is None or advice:
         raise EnvironmentLackError(
-            f"building the plugin needs {', '.join(advice)}, not found here",
+            f"building the plugin needs what is not found here: {', '.join(advice)}",
             code="plugin-tools",
             expected="cmake, nvcc and the headers of TensorRT",
             hint="; ".join(f"{name}: {what}" for name, what in advice.items()),
@@ -219,8 +222,12 @@ def configure_command(request: BuildRequest, tools: Tools, headers: Sequence[Hea
     command += ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CUDA_COMPILER={tools.nvcc}"]
     if request.archs:
         command.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(request.archs)}")
+    if {found.version for found in headers} == {"8.5"}:  # which cannot load libraries by itself
+        command.append("-DEDGEPRUNE_SELF_REGISTER=ON")
+    nothing = work / "nothing"  # an empty root keeps a library out of the build
+    nothing.mkdir(parents=True)
     roots = {found.library.abi: _root_of(found, work) for found in headers}
-    return command + [f"-DTENSORRT{library.abi}_ROOT={roots.get(library.abi, '')}" for library in LIBRARIES]
+    return command + [f"-DTENSORRT{library.abi}_ROOT={roots.get(library.abi, nothing)}" for library in LIBRARIES]
 
 
 def _root_of(headers: Headers, work: Path) -> Path:
@@ -250,6 +257,16 @@ def _find_nvcc(environ: Mapping[str, str], path: str) -> str | None:
     after = [str(home / "bin") for home in CUDA_FOLDERS]
     search = os.pathsep.join([*folders, path, *after])
     return shutil.which(named, path=search) if named else shutil.which("nvcc", path=search)
+
+
+def _version_of(cmake: str) -> tuple[int, ...]:
+    """Return (3, 25) for CMake 3.25.1, (0, 0) when it does not say."""
+    try:
+        said = subprocess.run([cmake, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return (0, 0)
+    match = re.search(r"version (\d+)\.(\d+)", said)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _defined(text: str, name: str) -> int:
@@ -306,7 +323,7 @@ def _run(step: str, command: Sequence[str], folder: Path, progress: Report, span
     """
     _log.debug("%s", " ".join(command))
     output: deque[str] = deque(maxlen=400)
-    environment = {**os.environ, "LC_ALL": "C"}
+    environment = {name: value for name, value in os.environ.items() if name not in ROOT_VARIABLES} | {"LC_ALL": "C"}
     with subprocess.Popen(
         command,
         cwd=folder,
@@ -348,7 +365,7 @@ def _wait(
         minutes, seconds = divmod(int(time.monotonic() - started), 60)
         done = max(done, _share(output[-1]) if output else 0.0)
         name = f"{step} for {minutes} min" if minutes else step
-        progress(f"{name}, {60 * minutes + seconds} s", span[0] + done * (span[1] - span[0]))
+        progress(f"{name}, {seconds} s" if minutes or seconds else name, span[0] + done * (span[1] - span[0]))
         try:
             process.wait(timeout=1)
         except subprocess.TimeoutExpired:
@@ -374,31 +391,33 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _build_failure(step: str, command: Sequence[str], code: int, output: list[str]) -> BuildError:
-    lines = [line for line in output if line.strip()]
+    lines = [line for line in output if line.strip() and not line.startswith("See also")]  # files that are gone
     tail = "\n".join(f"    {line}" for line in lines[-TAIL:])
     ended = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
+    first = next((f"{line.strip()}\n  " for line in lines if _ERROR.search(line)), "")
     return BuildError(
-        f"{step} the plugin failed: {Path(command[0]).name} {ended}; its last lines:\n{tail or '    (none)'}",
+        f"{step} the plugin failed: {first}{Path(command[0]).name} {ended}; its last lines:\n{tail or '    (none)'}",
         code="plugin-build",
         expected="a CUDA toolkit whose nvcc knows every architecture asked for, and a C++ compiler it takes",
-        hint="read the first error above; -vv shows every line; --archs names fewer architectures",
+        hint="-vv shows every line; --archs names fewer architectures",
         details={"step": step, "command": list(command), "returncode": code, "output": lines[-100:]},
     )
 
 
-def _built(stage: Path, library: Library) -> Path:
-    """Return the finished library.
+def _built(folders: Sequence[Path], library: Library) -> Path:
+    """Return the finished library, from the first folder that has it.
 
     Raises:
         BuildError: `plugin-build` when the build made none.
     """
-    path = next(iter(sorted(stage.rglob(library.file))), None)
-    if path is None or not is_shared_library(path):
+    paths = [path for folder in folders for path in sorted(folder.rglob(library.file))]
+    good = next((path for path in paths if is_shared_library(path)), None)
+    if good is None:
         raise BuildError(
-            f"the build ended well, but {library.file} is {'not a shared library' if path else 'not among its files'}",
+            f"the build ended well, but {library.file} is {'not a shared library' if paths else 'not among its files'}",
             code="plugin-build",
-            expected=f"{library.file} among the installed files",
+            expected=f"{library.file} in the build",
             hint="run again with -vv",
-            details={"step": "installing", "installed": sorted(p.name for p in stage.rglob("*"))},
+            details={"step": "installing", "found": [str(path) for path in paths]},
         )
-    return path
+    return good.resolve()

@@ -14,7 +14,7 @@ from edgeprune.version import __version__
 VARIABLE = "EDGEPRUNE_PLUGIN_PATH"
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = Path(__file__).resolve().with_name("lib")
-SUBFOLDERS = (".", "lib", "tensorrt")
+SUBFOLDERS = (".", "lib")
 MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine of ELF
 
 
@@ -110,10 +110,16 @@ def _places(library: Library, environ: Mapping[str, str]) -> Iterator[tuple[str,
     yield "package", _in_folder(BESIDE, library)
     yield "user cache", _in_folder(cache_folder(environ), library)
     if source_folder() is not None:
-        yield "checkout", _in_folder(ROOT / "build" / "plugins", library)
+        yield "checkout", _newest(ROOT / "build" / "plugins", library)
 
 
 def _in_folder(folder: Path, library: Library) -> Path:
     """Return where the library lies in a folder, or would."""
     paths = [folder / sub / library.file for sub in SUBFOLDERS]
     return next((path for path in paths if path.exists()), paths[0])
+
+
+def _newest(folder: Path, library: Library) -> Path:
+    """Return the library built last in a folder or one below it; each preset has its own there."""
+    paths = [path for pattern in (library.file, f"*/{library.file}") for path in folder.glob(pattern)]
+    return max(paths, key=lambda path: path.stat().st_mtime, default=folder / library.file)

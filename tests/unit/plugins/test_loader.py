@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -25,6 +28,7 @@ from tests.helpers.tensorrt import (
     every_creator,
 )
 
+ROOT = Path(__file__).resolve().parents[3]
 VERSIONS = {"8.5.2.2": Registry85, "8.6.0": Registry86, "10.3.0": Registry10, "11.4.0.106": Registry10}
 LOADING = {version: kind for version, kind in VERSIONS.items() if kind is not Registry85}
 
@@ -304,3 +308,33 @@ def test_tensorrt_that_is_a_shell_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(EnvironmentLackError, match="shell") as caught:
         import_tensorrt()
     assert caught.value.code == "tensorrt-missing"
+
+
+@pytest.mark.parametrize(
+    ("registry", "module", "abi"), [("trt8", "tensorrt", 8), ("trt11", "tensorrt_lean_bindings", 10)]
+)
+def test_real_registry_takes_its_library_and_never_sees_the_other(registry: str, module: str, abi: int) -> None:
+    python = ROOT / "build/registries" / registry / "bin/python"
+    libraries = {library.abi: next((ROOT / "build/plugins").rglob(library.file), None) for library in LIBRARIES}
+    if not python.exists() or None in libraries.values():
+        pytest.skip(f"no build/registries/{registry} (plugins/tests/registries.sh), or no libraries in build/plugins")
+    script = f"""
+import json, os, sys, {module} as trt
+from edgeprune.errors import EnvironmentLackError
+from edgeprune.plugins.loader import load_plugins
+os.environ["{VARIABLE}"] = sys.argv[2]
+try:
+    load_plugins(trt)
+except EnvironmentLackError as error:
+    refusal = error.code
+os.environ["{VARIABLE}"] = sys.argv[1]
+loaded = load_plugins(trt, trt.Logger(trt.Logger.ERROR))
+again = load_plugins(trt) is loaded
+print(json.dumps([refusal, loaded.way, [creator.name for creator in loaded.creators], again]))
+"""
+    other = next(path for key, path in libraries.items() if key != abi)
+    command = [str(python), "-c", script, str(libraries[abi]), str(other)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["plugin-abi", "load_library", list(CREATORS), True]

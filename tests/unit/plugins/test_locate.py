@@ -86,11 +86,20 @@ def test_places_are_tried_in_order(home: Path) -> None:
     assert set(reasons(TRT8).values()) == {"no such file"}
 
 
+def test_checkout_takes_what_was_built_last(home: Path) -> None:
+    build = places(home)["checkout"]
+    for age, folder in enumerate(("orin", ".", "desktop")):
+        os.utime(write_elf(build / folder / TRT10.file), (0, 1000 - age))
+    found = chosen(find_candidates(TRT10))
+    assert found is not None
+    assert found.path == build / "orin" / TRT10.file
+
+
 def test_installed_package_has_no_checkout(home: Path) -> None:
     assert "checkout" not in reasons()
 
 
-@pytest.mark.parametrize("folder", [".", "lib", "tensorrt"])
+@pytest.mark.parametrize("folder", [".", "lib"])
 def test_variable_may_name_a_directory(home: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     written = write_elf(home / "mine" / folder / TRT8.file)
     monkeypatch.setenv(VARIABLE, str(home / "mine"))
