@@ -38,6 +38,7 @@ VERBS = {
     "models": "List the models.",
     "methods": "List the pruning methods and their options.",
     "targets": "List the targets and why one is unavailable.",
+    "plugins": "Build, find and check the TensorRT plugin.",
     "doctor": "Check this machine.",
 }
 BROKEN_PIPE = 141

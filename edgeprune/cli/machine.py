@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
+from edgeprune.errors import EnvironmentLackError
+
 # package, import name, least version, extra that brings it, needed for; the first group is required.
 REQUIRED = (
     ("click", "click", "8.1", None, "the command line"),
@@ -130,6 +132,29 @@ def check_gpu() -> Iterator[Finding]:
     )
 
 
+def check_tensorrt() -> Iterator[Finding]:
+    """Yield TensorRT's version and the plugin library for it; neither is imported."""
+    from edgeprune.plugins.contract import build_command, library_for
+    from edgeprune.plugins.locate import chosen, find_candidates
+
+    try:
+        version = metadata.version("tensorrt")
+    except metadata.PackageNotFoundError:
+        yield Finding("tensorrt", "note", "not installed: the CPU targets do not need it")
+        return
+    try:
+        library = library_for(version)
+    except EnvironmentLackError as error:
+        yield Finding("tensorrt", "warn", error.message, error.hint)
+        return
+    yield Finding("tensorrt", "ok", version)
+    found = chosen(find_candidates(library))
+    if found is None:
+        yield Finding("tensorrt plugin", "note", f"no {library.file}", build_command())
+    else:
+        yield Finding("tensorrt plugin", "ok", str(found.path))
+
+
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_python,
     check_packages,
@@ -137,6 +162,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_disk,
     check_temporary_directory,
     check_gpu,
+    check_tensorrt,
 )
 
 

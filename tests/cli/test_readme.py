@@ -48,6 +48,8 @@ def test_shown_command_is_understood(line: str) -> None:
     assert words[0] in VERBS
     with cli.make_context("edgeprune", words, obj=Ui()) as context:
         name, command, rest = cli.resolve_command(context, words)
+        if isinstance(command, click.Group):
+            name, command, rest = command.resolve_command(context, rest)
         assert command is not None
         try:
             options = command.make_context(name, rest, parent=context).params

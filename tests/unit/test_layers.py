@@ -19,17 +19,18 @@ ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "files": {"errors"},
     "runtime.manifest": set(),
+    "plugins": {"errors", "version", "files"},
     "models": _BASE,
     "pruning": _BASE | {"models"},
     "data": _BASE,
-    "runtime": _BASE | {"data"},
+    "runtime": _BASE | {"data", "plugins"},
     "training": _MODEL,
     "convert": _MODEL,
     "checks.compare": _MODEL,
-    "export": _MODEL | {"runtime", "checks.compare"},
+    "export": _MODEL | {"runtime", "checks.compare", "plugins"},
     "checks": _MODEL | {"runtime", "checks.compare", "export"},
     "bench": _MODEL | {"runtime", "checks", "export"},
-    "cli": _MODEL | {"runtime", "checks", "export", "bench", "training", "convert"},
+    "cli": _MODEL | {"runtime", "checks", "export", "bench", "training", "convert", "plugins"},
 }
 # The facade names the public API lazily, and `python -m edgeprune` is the command.
 FACADE = {"edgeprune", "edgeprune.__main__"}

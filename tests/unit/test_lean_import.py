@@ -32,6 +32,8 @@ def python(code: str, *args: object) -> str:
         "edgeprune.data.preprocess",
         "edgeprune.data.overlay",
         "edgeprune.models.registry",
+        "edgeprune.plugins.loader",
+        "edgeprune.plugins.build",
         "edgeprune.bench",
         "edgeprune.export",
         "edgeprune.cli.main",
