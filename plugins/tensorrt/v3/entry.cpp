@@ -1,0 +1,41 @@
+// What TensorRT 10 and later and a loader find in the library.
+#include <NvInferRuntime.h>
+
+#include <array>
+
+#include "log.h"
+#include "plugin.h"
+
+#define EDGEPRUNE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace edgeprune::plugins {
+namespace {
+
+using nvinfer1::IPluginCreatorInterface;
+
+std::array<IPluginCreatorInterface*, 3> const& creators() {
+  static Creator topk_gather(ops()[0]), gather_tokens(ops()[1]), scatter_tokens(ops()[2]);
+  static std::array<IPluginCreatorInterface*, 3> const all{&topk_gather, &gather_tokens, &scatter_tokens};
+  return all;
+}
+
+#ifdef EDGEPRUNE_SELF_REGISTER
+bool const registered = [] {
+  bool every = true;
+  for (IPluginCreatorInterface* creator : creators()) every &= getPluginRegistry()->registerCreator(*creator, kNamespace);
+  return every;
+}();
+#endif
+
+}  // namespace
+}  // namespace edgeprune::plugins
+
+EDGEPRUNE_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  count = static_cast<int32_t>(edgeprune::plugins::creators().size());
+  return edgeprune::plugins::creators().data();
+}
+
+EDGEPRUNE_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { edgeprune::plugins::set_logger_finder(finder); }
+
+EDGEPRUNE_EXPORT int edgeprune_plugin_abi() { return 10; }
+EDGEPRUNE_EXPORT char const* edgeprune_plugin_version() { return EDGEPRUNE_PLUGIN_VERSION; }

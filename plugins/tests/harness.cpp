@@ -1,0 +1,334 @@
+// Asks a plugin library what TensorRT asks while it builds, with the headers alone: no TensorRT library, no GPU.
+//   harness LIBRARY OP FIELDS SHAPES [WRONG_SHAPES]
+// FIELDS: name:type=value separated by commas, type i (int32), f (float32) or l (int32 of length 2).
+// SHAPES: one per input, sizes separated by commas, shapes by semicolons; -1 is not known while building.
+// WRONG_SHAPES: what the plugin must refuse at run time, before it launches anything. Prints one JSON object.
+#include <NvInferRuntime.h>
+#include <dlfcn.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <sstream>
+#include <string>
+#include <vector>
+
+using namespace nvinfer1;
+using Strings = std::vector<std::string>;
+
+#if NV_TENSORRT_MAJOR >= 10
+using Size = int64_t;
+using Desc = DynamicPluginTensorDesc;
+constexpr int kVersion = NV_TENSORRT_MAJOR * 10000 + NV_TENSORRT_MINOR * 100;
+PluginTensorDesc& plain(Desc& desc) { return desc.desc; }
+#else
+using Size = int32_t;
+using Desc = PluginTensorDesc;
+constexpr int kVersion = NV_TENSORRT_MAJOR * 1000 + NV_TENSORRT_MINOR * 100;
+PluginTensorDesc& plain(Desc& desc) { return desc; }
+#endif
+
+// The library asks whoever owns the logger finder for the version, as it asks libnvinfer.
+extern "C" __attribute__((visibility("default"))) int32_t getInferLibVersion() noexcept { return kVersion; }
+
+namespace {
+
+struct Log final : ILogger {
+  Strings lines;
+  void log(Severity, AsciiChar const* line) noexcept override { lines.emplace_back(line); }
+};
+
+struct Finder final : ILoggerFinder {
+  Log log;
+  ILogger* findLogger() override { return &log; }
+};
+
+struct Expression final : IDimensionExpr, apiv::VDimensionExpr {
+  Size value;
+  explicit Expression(Size v) : value(v) { mImpl = this; }
+  bool isConstant() const override { return value >= 0; }
+  Size getConstantValue() const override { return value; }
+#if NV_TENSORRT_MAJOR >= 10
+  bool isSizeTensor() const override { return false; }
+#endif
+};
+
+struct Builder final : IExprBuilder, apiv::VExprBuilder {
+  std::list<Expression> made;
+  Builder() { mImpl = this; }
+  IDimensionExpr const* constant(Size value) override { return &made.emplace_back(value); }
+  IDimensionExpr const* operation(DimensionOperation op, IDimensionExpr const& a, IDimensionExpr const& b) override {
+    if (op != DimensionOperation::kSUM) std::abort();
+    return constant(a.isConstant() && b.isConstant() ? a.getConstantValue() + b.getConstantValue() : -1);
+  }
+#if NV_TENSORRT_MAJOR >= 10
+  IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&, IDimensionExpr const&) override { std::abort(); }
+#endif
+};
+
+Strings split(std::string const& text, char at) {
+  Strings parts;
+  std::stringstream stream(text);
+  for (std::string part; std::getline(stream, part, at);) parts.push_back(part);
+  return parts;
+}
+
+std::string quoted(std::string const& text) { return '"' + text + '"'; }
+
+std::string list(Strings const& items) {
+  std::string made;
+  for (auto const& item : items) made += (made.empty() ? "" : ", ") + item;
+  return "[" + made + "]";
+}
+
+struct Fields {
+  std::list<std::string> names;
+  std::list<std::array<int32_t, 2>> integers;
+  std::list<float> reals;
+  std::vector<PluginField> fields;
+  PluginFieldCollection collection{};
+
+  explicit Fields(std::string const& text) {
+    for (auto const& part : split(text, ',')) {
+      size_t const colon = part.find(':'), equal = part.find('=');
+      char const* name = names.emplace_back(part.substr(0, colon)).c_str();
+      char const type = part[colon + 1];
+      double const value = std::atof(part.c_str() + equal + 1);
+      if (type == 'f') {
+        fields.emplace_back(name, &reals.emplace_back(static_cast<float>(value)), PluginFieldType::kFLOAT32, 1);
+      } else {
+        auto& held = integers.emplace_back();
+        held[0] = static_cast<int32_t>(value);
+        fields.emplace_back(name, held.data(), PluginFieldType::kINT32, type == 'l' ? 2 : 1);
+      }
+    }
+    collection = {static_cast<int32_t>(fields.size()), fields.data()};
+  }
+};
+
+std::string described(PluginFieldCollection const& collection) {
+  Strings made;
+  for (int i = 0; i < collection.nbFields; ++i) {
+    PluginField const& field = collection.fields[i];
+    bool const real = field.type == PluginFieldType::kFLOAT32;
+    std::string line = std::string(field.name) + ":" + (real ? "f" : field.type == PluginFieldType::kINT32 ? "i" : "?");
+    char value[32] = "";
+    if (field.data && real) std::snprintf(value, sizeof value, "=%g", *static_cast<float const*>(field.data));
+    if (field.data && !real) std::snprintf(value, sizeof value, "=%d", *static_cast<int32_t const*>(field.data));
+    made.push_back(quoted(line + value));
+  }
+  return list(made);
+}
+
+#if NV_TENSORRT_MAJOR >= 10
+struct Plugin {
+  IPluginV3* plugin;
+  IPluginV3OneCore* core() const { return static_cast<IPluginV3OneCore*>(plugin->getCapabilityInterface(PluginCapabilityType::kCORE)); }
+  IPluginV3OneBuild* build() const { return static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD)); }
+  IPluginV3OneRuntime* runtime() const { return static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME)); }
+
+  int outputs() const { return build()->getNbOutputs(); }
+  Plugin clone() const { return {plugin->clone()}; }
+  std::string stored() const { return described(*runtime()->getFieldsToSerialize()); }
+  std::string name() const { return std::string(core()->getPluginNamespace()) + "::" + core()->getPluginName() + " " + core()->getPluginVersion(); }
+  std::string timing_id() const { return build()->getTimingCacheID(); }
+  bool accepts(int position, Desc const* descs, int inputs) const { return build()->supportsFormatCombination(position, descs, inputs, outputs()); }
+  bool shapes(std::vector<DimsExprs> const& in, std::vector<DimsExprs>& out, Builder& builder) const {
+    return build()->getOutputShapes(in.data(), in.size(), nullptr, 0, out.data(), out.size(), builder) == 0;
+  }
+  std::vector<DataType> types(std::vector<DataType> const& in) const {
+    std::vector<DataType> made(outputs());
+    build()->getOutputDataTypes(made.data(), made.size(), in.data(), in.size());
+    return made;
+  }
+  bool refuses(std::vector<PluginTensorDesc> const& in, std::vector<PluginTensorDesc> const& out) const {
+    bool const shape = runtime()->onShapeChange(in.data(), in.size(), out.data(), out.size()) != 0;
+    void* none[3]{};
+    return shape && runtime()->enqueue(in.data(), out.data(), none, none, nullptr, nullptr) != 0;
+  }
+  void destroy() { delete plugin; }
+};
+
+struct Creator {
+  IPluginCreatorV3One* creator;
+  explicit Creator(IPluginCreatorInterface* any) : creator(static_cast<IPluginCreatorV3One*>(any)) {}
+  Plugin create(PluginFieldCollection const& fields) const { return {creator->createPlugin("layer", &fields, TensorRTPhase::kBUILD)}; }
+  Plugin restore(Plugin const& from) const { return {creator->createPlugin("layer", from.runtime()->getFieldsToSerialize(), TensorRTPhase::kRUNTIME)}; }
+  bool refuses_damage(Plugin const&) const { return create({0, nullptr}).plugin == nullptr || creator->getFieldNames()->nbFields == 0; }
+};
+constexpr char const* kEntry = "getCreators";
+using AnyCreator = IPluginCreatorInterface;
+#else
+struct Plugin {
+  IPluginV2DynamicExt* plugin;
+
+  int outputs() const { return plugin->getNbOutputs(); }
+  Plugin clone() const { return {plugin->clone()}; }
+  std::vector<unsigned char> bytes() const {
+    std::vector<unsigned char> made(plugin->getSerializationSize());
+    plugin->serialize(made.data());
+    return made;
+  }
+  std::string stored() const {
+    std::string made;
+    for (unsigned char byte : bytes()) made += "0123456789abcdef"[byte >> 4], made += "0123456789abcdef"[byte & 15];
+    return quoted(made);
+  }
+  std::string name() const { return std::string(plugin->getPluginNamespace()) + "::" + plugin->getPluginType() + " " + plugin->getPluginVersion(); }
+  std::string timing_id() const { return ""; }
+  bool accepts(int position, Desc const* descs, int inputs) const { return plugin->supportsFormatCombination(position, descs, inputs, outputs()); }
+  bool shapes(std::vector<DimsExprs> const& in, std::vector<DimsExprs>& out, Builder& builder) const {
+    for (size_t i = 0; i < out.size(); ++i) out[i] = plugin->getOutputDimensions(i, in.data(), in.size(), builder);
+    return out[0].nbDims >= 0;
+  }
+  std::vector<DataType> types(std::vector<DataType> const& in) const {
+    std::vector<DataType> made;
+    for (int i = 0; i < outputs(); ++i) made.push_back(plugin->getOutputDataType(i, in.data(), in.size()));
+    return made;
+  }
+  bool refuses(std::vector<PluginTensorDesc> const& in, std::vector<PluginTensorDesc> const& out) const {
+    void* none[3]{};
+    return plugin->enqueue(in.data(), out.data(), none, none, nullptr, nullptr) != 0;
+  }
+  void destroy() { plugin->destroy(); }
+};
+
+struct Creator {
+  IPluginCreator* creator;
+  explicit Creator(IPluginCreator* any) : creator(any) {}
+  Plugin create(PluginFieldCollection const& fields) const { return {static_cast<IPluginV2DynamicExt*>(creator->createPlugin("layer", &fields))}; }
+  Plugin read(std::vector<unsigned char> const& bytes) const {
+    return {static_cast<IPluginV2DynamicExt*>(creator->deserializePlugin("layer", bytes.data(), bytes.size()))};
+  }
+  Plugin restore(Plugin const& from) const { return read(from.bytes()); }
+  bool refuses_damage(Plugin const& from) const {
+    auto shorter = from.bytes(), other_layout = from.bytes();
+    shorter.pop_back();
+    other_layout[0] ^= 0xff;
+    return read(shorter).plugin == nullptr && read(other_layout).plugin == nullptr;
+  }
+};
+constexpr char const* kEntry = "getPluginCreators";
+using AnyCreator = IPluginCreator;
+#endif
+
+using Sizes = std::vector<std::vector<Size>>;
+
+Sizes sizes_of(std::string const& text) {
+  Sizes made;
+  for (auto const& shape : split(text, ';')) {
+    made.emplace_back();
+    for (auto const& size : split(shape, ',')) made.back().push_back(std::atoi(size.c_str()));
+  }
+  return made;
+}
+
+// All type combinations the plugin takes, position by position as TensorRT asks; counts what contradicts itself.
+struct Formats {
+  Plugin const& plugin;
+  int inputs;
+  Strings accepted;
+  int wrong_types = 0, other_layouts = 0;
+  std::vector<Desc> descs;
+
+  Formats(Plugin const& p, int in) : plugin(p), inputs(in), descs(in + p.outputs()) { visit(0); }
+
+  void visit(size_t position) {
+    if (position == descs.size()) return take();
+    for (int type = 0; type < EnumMax<DataType>(); ++type) {
+      plain(descs[position]).type = static_cast<DataType>(type);
+      for (int format = EnumMax<TensorFormat>() - 1; format >= 0; --format) {
+        plain(descs[position]).format = static_cast<TensorFormat>(format);
+        bool const fits = plugin.accepts(position, descs.data(), inputs);
+        if (format != 0) other_layouts += fits;
+        if (format == 0 && fits) visit(position + 1);
+      }
+    }
+  }
+
+  void take() {
+    std::vector<DataType> in, out;
+    std::string names;
+    for (size_t i = 0; i < descs.size(); ++i) {
+      (i < static_cast<size_t>(inputs) ? in : out).push_back(plain(descs[i]).type);
+      names += (i ? " " : "") + std::to_string(static_cast<int>(plain(descs[i]).type));
+    }
+    wrong_types += plugin.types(in) != out;
+    accepted.push_back(quoted(names));
+  }
+};
+
+std::string output_shapes(Plugin const& plugin, Sizes const& inputs) {
+  Builder builder;
+  std::vector<DimsExprs> in, out(plugin.outputs());
+  for (auto const& sizes : inputs) {
+    in.emplace_back().nbDims = static_cast<int32_t>(sizes.size());
+    for (size_t i = 0; i < sizes.size(); ++i) in.back().d[i] = builder.constant(sizes[i]);
+  }
+  if (!plugin.shapes(in, out, builder)) return "null";
+  Strings shapes;
+  for (auto const& dims : out) {
+    Strings sizes;
+    for (int i = 0; i < dims.nbDims; ++i) {
+      sizes.push_back(std::to_string(dims.d[i]->isConstant() ? dims.d[i]->getConstantValue() : -1));
+    }
+    shapes.push_back(list(sizes));
+  }
+  return list(shapes);
+}
+
+bool refuses(Plugin const& plugin, Sizes const& inputs) {
+  std::vector<PluginTensorDesc> in, out(plugin.outputs());
+  for (auto const& sizes : inputs) {
+    in.emplace_back().dims.nbDims = static_cast<int32_t>(sizes.size());
+    for (size_t i = 0; i < sizes.size(); ++i) in.back().dims.d[i] = sizes[i];
+  }
+  return plugin.refuses(in, out);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count < 5) return std::puts("usage: harness LIBRARY OP FIELDS SHAPES [WRONG_SHAPES]"), 2;
+  void* library = dlopen(arguments[1], RTLD_NOW);
+  if (library == nullptr) return std::puts(dlerror()), 1;
+  Finder finder;
+  using SetFinder = void (*)(ILoggerFinder*);
+  using Entry = AnyCreator* const* (*)(int32_t&);
+  reinterpret_cast<SetFinder>(dlsym(library, "setLoggerFinder"))(&finder);
+  int32_t creators = 0;
+  AnyCreator* const* all = reinterpret_cast<Entry>(dlsym(library, kEntry))(creators);
+  for (int32_t i = 0; i < creators; ++i) {
+    Creator const creator(all[i]);
+    if (std::strcmp(creator.creator->getPluginName(), arguments[2]) != 0) continue;
+    Fields const fields(arguments[3]);
+    Plugin plugin = creator.create(fields.collection);
+    Strings facts{"\"declared\": " + described(*creator.creator->getFieldNames())};
+    if (plugin.plugin != nullptr) {
+      Sizes const inputs = sizes_of(arguments[4]);
+      Plugin clone = plugin.clone(), restored = creator.restore(plugin);
+      Formats const formats(plugin, static_cast<int>(inputs.size()));
+      facts.push_back("\"name\": " + quoted(plugin.name()));
+      facts.push_back("\"shapes\": " + output_shapes(plugin, inputs));
+      facts.push_back("\"accepted\": " + list(formats.accepted));
+      facts.push_back("\"wrong_types\": " + std::to_string(formats.wrong_types));
+      facts.push_back("\"other_layouts\": " + std::to_string(formats.other_layouts));
+      facts.push_back("\"stored\": " + list({plugin.stored(), clone.stored(), restored.stored()}));
+      facts.push_back("\"timing_id\": " + quoted(plugin.timing_id()));
+      facts.push_back(std::string("\"refuses_damage\": ") + (creator.refuses_damage(plugin) ? "true" : "false"));
+      if (count > 5) {
+        facts.push_back(std::string("\"refuses\": ") + (refuses(plugin, sizes_of(arguments[5])) ? "true" : "false"));
+      }
+      for (Plugin* made : {&plugin, &clone, &restored}) made->destroy();
+    }
+    Strings lines;
+    for (auto const& line : finder.log.lines) lines.push_back(quoted(line));
+    facts.push_back("\"log\": " + list(lines));
+    std::string object = list(facts);
+    object.front() = '{', object.back() = '}';
+    return std::puts(object.c_str()), 0;
+  }
+  return std::printf("no creator named %s\n", arguments[2]), 1;
+}
