@@ -64,7 +64,9 @@ struct Builder final : IExprBuilder, apiv::VExprBuilder {
     return constant(a.isConstant() && b.isConstant() ? a.getConstantValue() + b.getConstantValue() : -1);
   }
 #if NV_TENSORRT_MAJOR >= 10
-  IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&, IDimensionExpr const&) override { std::abort(); }
+  IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&, IDimensionExpr const&) override {
+    std::abort();
+  }
 #endif
 };
 
@@ -81,6 +83,10 @@ std::string list(Strings const& items) {
   std::string made;
   for (auto const& item : items) made += (made.empty() ? "" : ", ") + item;
   return "[" + made + "]";
+}
+
+std::string described_name(std::string const& space, std::string const& name, std::string const& version) {
+  return space + "::" + name + " " + version;
 }
 
 struct Fields {
@@ -123,95 +129,9 @@ std::string described(PluginFieldCollection const& collection) {
 }
 
 #if NV_TENSORRT_MAJOR >= 10
-struct Plugin {
-  IPluginV3* plugin;
-  IPluginV3OneCore* core() const { return static_cast<IPluginV3OneCore*>(plugin->getCapabilityInterface(PluginCapabilityType::kCORE)); }
-  IPluginV3OneBuild* build() const { return static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD)); }
-  IPluginV3OneRuntime* runtime() const { return static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME)); }
-
-  int outputs() const { return build()->getNbOutputs(); }
-  Plugin clone() const { return {plugin->clone()}; }
-  std::string stored() const { return described(*runtime()->getFieldsToSerialize()); }
-  std::string name() const { return std::string(core()->getPluginNamespace()) + "::" + core()->getPluginName() + " " + core()->getPluginVersion(); }
-  std::string timing_id() const { return build()->getTimingCacheID(); }
-  bool accepts(int position, Desc const* descs, int inputs) const { return build()->supportsFormatCombination(position, descs, inputs, outputs()); }
-  bool shapes(std::vector<DimsExprs> const& in, std::vector<DimsExprs>& out, Builder& builder) const {
-    return build()->getOutputShapes(in.data(), in.size(), nullptr, 0, out.data(), out.size(), builder) == 0;
-  }
-  std::vector<DataType> types(std::vector<DataType> const& in) const {
-    std::vector<DataType> made(outputs());
-    build()->getOutputDataTypes(made.data(), made.size(), in.data(), in.size());
-    return made;
-  }
-  bool refuses(std::vector<PluginTensorDesc> const& in, std::vector<PluginTensorDesc> const& out) const {
-    bool const shape = runtime()->onShapeChange(in.data(), in.size(), out.data(), out.size()) != 0;
-    void* none[3]{};
-    return shape && runtime()->enqueue(in.data(), out.data(), none, none, nullptr, nullptr) != 0;
-  }
-  void destroy() { delete plugin; }
-};
-
-struct Creator {
-  IPluginCreatorV3One* creator;
-  explicit Creator(IPluginCreatorInterface* any) : creator(static_cast<IPluginCreatorV3One*>(any)) {}
-  Plugin create(PluginFieldCollection const& fields) const { return {creator->createPlugin("layer", &fields, TensorRTPhase::kBUILD)}; }
-  Plugin restore(Plugin const& from) const { return {creator->createPlugin("layer", from.runtime()->getFieldsToSerialize(), TensorRTPhase::kRUNTIME)}; }
-  bool refuses_damage(Plugin const&) const { return create({0, nullptr}).plugin == nullptr || creator->getFieldNames()->nbFields == 0; }
-};
-constexpr char const* kEntry = "getCreators";
-using AnyCreator = IPluginCreatorInterface;
+#include "harness_v3.h"
 #else
-struct Plugin {
-  IPluginV2DynamicExt* plugin;
-
-  int outputs() const { return plugin->getNbOutputs(); }
-  Plugin clone() const { return {plugin->clone()}; }
-  std::vector<unsigned char> bytes() const {
-    std::vector<unsigned char> made(plugin->getSerializationSize());
-    plugin->serialize(made.data());
-    return made;
-  }
-  std::string stored() const {
-    std::string made;
-    for (unsigned char byte : bytes()) made += "0123456789abcdef"[byte >> 4], made += "0123456789abcdef"[byte & 15];
-    return quoted(made);
-  }
-  std::string name() const { return std::string(plugin->getPluginNamespace()) + "::" + plugin->getPluginType() + " " + plugin->getPluginVersion(); }
-  std::string timing_id() const { return ""; }
-  bool accepts(int position, Desc const* descs, int inputs) const { return plugin->supportsFormatCombination(position, descs, inputs, outputs()); }
-  bool shapes(std::vector<DimsExprs> const& in, std::vector<DimsExprs>& out, Builder& builder) const {
-    for (size_t i = 0; i < out.size(); ++i) out[i] = plugin->getOutputDimensions(i, in.data(), in.size(), builder);
-    return out[0].nbDims >= 0;
-  }
-  std::vector<DataType> types(std::vector<DataType> const& in) const {
-    std::vector<DataType> made;
-    for (int i = 0; i < outputs(); ++i) made.push_back(plugin->getOutputDataType(i, in.data(), in.size()));
-    return made;
-  }
-  bool refuses(std::vector<PluginTensorDesc> const& in, std::vector<PluginTensorDesc> const& out) const {
-    void* none[3]{};
-    return plugin->enqueue(in.data(), out.data(), none, none, nullptr, nullptr) != 0;
-  }
-  void destroy() { plugin->destroy(); }
-};
-
-struct Creator {
-  IPluginCreator* creator;
-  explicit Creator(IPluginCreator* any) : creator(any) {}
-  Plugin create(PluginFieldCollection const& fields) const { return {static_cast<IPluginV2DynamicExt*>(creator->createPlugin("layer", &fields))}; }
-  Plugin read(std::vector<unsigned char> const& bytes) const {
-    return {static_cast<IPluginV2DynamicExt*>(creator->deserializePlugin("layer", bytes.data(), bytes.size()))};
-  }
-  Plugin restore(Plugin const& from) const { return read(from.bytes()); }
-  bool refuses_damage(Plugin const& from) const {
-    auto shorter = from.bytes(), other_layout = from.bytes();
-    shorter.pop_back();
-    other_layout[0] ^= 0xff;
-    return read(shorter).plugin == nullptr && read(other_layout).plugin == nullptr;
-  }
-};
-constexpr char const* kEntry = "getPluginCreators";
-using AnyCreator = IPluginCreator;
+#include "harness_v2.h"
 #endif
 
 using Sizes = std::vector<std::vector<Size>>;

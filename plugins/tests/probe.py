@@ -55,7 +55,7 @@ def describe(creator: Any, op: str) -> dict[str, Any]:
             "copies_agree": [bytes(p.serialize()) == stored for p in (plugin.clone(), restored)],
             "refuses_damage": creator.deserialize_plugin(op, stored[:-1]) is None,
         }
-    # Copying and storing a C++ plugin of this kind is closed to Python; what a plan holds are the fields it was made of.
+    # Copying and storing a C++ plugin of this kind is closed to Python; a plan holds the fields it was made of.
     restored = create(creator, FIELDS[op], "RUNTIME")
     core, again = (p.get_capability_interface(trt.PluginCapabilityType.CORE) for p in (plugin, restored))
     build = plugin.get_capability_interface(trt.PluginCapabilityType.BUILD)
@@ -68,7 +68,7 @@ def describe(creator: Any, op: str) -> dict[str, Any]:
 
 
 def main(path: str, registered: bool) -> int:
-    """Print the report; 3 when the library is of another generation than this TensorRT."""
+    """Print the report; 3 when the library is of another generation than this TensorRT, 4 without its creators."""
     library = ctypes.CDLL(path)
     abi = library.edgeprune_plugin_abi()
     if abi != (8 if MAJOR < 10 else 10):
@@ -81,6 +81,9 @@ def main(path: str, registered: bool) -> int:
     find = registry.get_creator if MAJOR >= 10 else registry.get_plugin_creator
     for op, good in FIELDS.items():
         creator = find(op, "1", "edgeprune")
+        if creator is None:
+            sys.stderr.write(f"TensorRT {trt.__version__} has no creator edgeprune::{op} 1\n")
+            return 4
         missing = [{k: v for k, v in good.items() if k != name} for name in good]
         wrong = [{**good, name: 1 if isinstance(value, float) else 0.5} for name, value in good.items()]
         report["ops"][op] = {

@@ -53,7 +53,8 @@ install_trt11() {
   rm -rf "$venv"
   "${PYTHON:-python3}" -m venv "$venv"
   "$venv/bin/python" "${pip_install[@]}" numpy
-  "$venv/bin/python" "${pip_install[@]}" --no-deps 'tensorrt-lean-cu13-libs==11.4.*' 'tensorrt-lean-cu13-bindings==11.4.*'
+  "$venv/bin/python" "${pip_install[@]}" --no-deps \
+    'tensorrt-lean-cu13-libs==11.4.*' 'tensorrt-lean-cu13-bindings==11.4.*'
 }
 
 mkdir -p "$root"

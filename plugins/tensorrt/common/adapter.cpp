@@ -84,6 +84,11 @@ std::optional<Attributes> read_fields(Op const& op, PluginFieldCollection const*
   return attributes;
 }
 
+bool check_inputs(Op const& op, int32_t inputs) {
+  if (inputs == static_cast<int32_t>(op.inputs.size())) return true;
+  return !log_refusal(op, std::to_string(inputs) + " inputs, needed are " + std::to_string(op.inputs.size()));
+}
+
 std::vector<PluginField> describe_fields(Op const& op) {
   std::vector<PluginField> made;
   for (Field const& field : op.fields) made.emplace_back(field.name, nullptr, field_type(field), 1);

@@ -24,6 +24,8 @@ Type type_of(nvinfer1::DataType type);
 Shape shape_of(nvinfer1::Dims const& dims);
 bool log_refusal(Op const& op, Reason const& reason);
 
+bool check_inputs(Op const& op, int32_t inputs);
+
 // Sizes of -1 are not judged; the logged reason is the only trace of a refusal.
 bool check_shapes(Op const& op, Attributes const& attributes, nvinfer1::DimsExprs const* inputs);
 
@@ -42,8 +44,8 @@ bool accepts_format(Op const& op, int position, Desc const* descs) {
   return plain(descs[position]).format == nvinfer1::TensorFormat::kLINEAR && accepts_type(op, position, types.data());
 }
 
-nvinfer1::DimsExprs output_dims(Op const& op, Attributes const& attributes, int output, nvinfer1::DimsExprs const* inputs,
-                                nvinfer1::IExprBuilder& builder);
+nvinfer1::DimsExprs output_dims(Op const& op, Attributes const& attributes, int output,
+                                nvinfer1::DimsExprs const* inputs, nvinfer1::IExprBuilder& builder);
 nvinfer1::DataType output_data_type(Op const& op, int output, nvinfer1::DataType const* inputs);
 
 // Checks the shapes and launches; 0 on success, as TensorRT wants it.

@@ -15,8 +15,8 @@ constexpr int32_t kWarning = 2;
 std::atomic<void*> logger_finder{nullptr};
 std::atomic<int> first_slot{-1};
 
-// TensorRT 11 put IVersionedInterface under ILoggerFinder and ILogger: their one method moved from the first entry of the
-// virtual table behind its four. One library serves 10 and 11, so it asks the library that the finder comes from.
+// TensorRT 11 put IVersionedInterface under ILoggerFinder and ILogger: their one method moved from the first entry of
+// the virtual table behind its four. One library serves 10 and 11, so it asks the library that the finder comes from.
 int slot_of(void* finder) noexcept {
   using GetVersion = int32_t (*)();
   void* symbol = nullptr;

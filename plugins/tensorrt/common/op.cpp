@@ -59,7 +59,7 @@ Reason refuse_topk_sizes(Attributes const& a, Shapes const& inputs) {
   auto const [tokens_B, rows, D] = inputs[1].size;
   if (differ(B, tokens_B)) return "scores are of " + text(B) + " images and tokens of " + text(tokens_B);
   if (N != kUnknown && differ(rows, a.num_prefix_tokens + N)) {
-    return "tokens have " + text(rows) + " rows, needed are num_prefix_tokens + the scores of an image = " +
+    return "tokens have " + text(rows) + " rows, needed are num_prefix_tokens + scores of an image = " +
            text(a.num_prefix_tokens + N);
   }
   if (N != kUnknown && a.k > N) return "k is " + text(a.k) + ", but an image has " + text(N) + " scores";
@@ -67,7 +67,13 @@ Reason refuse_topk_sizes(Attributes const& a, Shapes const& inputs) {
 }
 
 std::vector<std::vector<Extent>> topk_extents(Attributes const& a) {
-  return {{{1, 0, 0}, {-1, 0, int64_t{a.num_prefix_tokens} + a.k}, {1, 2, 0}}, {{0, 0, 0}, {-1, 0, a.k}}, {{0, 0, 0}}};
+  int64_t const rows = int64_t{a.num_prefix_tokens} + a.k;
+  return {{{1, 0, 0}, {-1, 0, rows}, {1, 2, 0}}, {{0, 0, 0}, {-1, 0, a.k}}, {{0, 0, 0}}};
+}
+
+int score_type(Type type) {
+  if (type == Type::kF32) return EDGEPRUNE_F32;
+  return type == Type::kF16 ? EDGEPRUNE_F16 : EDGEPRUNE_BF16;
 }
 
 int launch_topk(Attributes const& a, Tensors const& in, Tensors const& out, void* stream) {
@@ -77,7 +83,7 @@ int launch_topk(Attributes const& a, Tensors const& in, Tensors const& out, void
   params.kept = a.k;
   params.prefix = a.num_prefix_tokens;
   params.row_bytes = in[1].shape.size[2] * bytes_of(in[1].type);
-  params.score_type = in[0].type == Type::kF32 ? EDGEPRUNE_F32 : in[0].type == Type::kF16 ? EDGEPRUNE_F16 : EDGEPRUNE_BF16;
+  params.score_type = score_type(in[0].type);
   params.order = a.order;
   params.mode = a.mode;
   params.threshold = a.threshold;
@@ -90,7 +96,7 @@ Reason refuse_gather_sizes(Attributes const& a, Shapes const& inputs) {
   auto const [indices_B, K, unused] = inputs[1].size;
   if (differ(B, indices_B)) return "tokens are of " + text(B) + " images and indices of " + text(indices_B);
   if (rows != kUnknown && rows <= a.num_prefix_tokens) {
-    return "tokens have " + text(rows) + " rows, more than num_prefix_tokens = " + text(a.num_prefix_tokens) + " are needed";
+    return "tokens have " + text(rows) + " rows, needed are more than num_prefix_tokens = " + text(a.num_prefix_tokens);
   }
   return first_of(refuse_tokens(rows - a.num_prefix_tokens), refuse_batch(B));
 }

@@ -8,7 +8,7 @@
 namespace edgeprune::plugins {
 namespace {
 
-// What a plan holds of a plugin: its layout is part of the format of plans, so it only changes with the number in front.
+// What a plan holds of a plugin. It is read years later, so it only changes together with the number in front.
 constexpr int32_t kLayout = 1;
 struct Stored {
   int32_t layout;
@@ -31,8 +31,6 @@ void Plugin::setPluginNamespace(nvinfer1::AsciiChar const* space) noexcept {
   guarded(false, [&] { return space_ = space != nullptr ? space : "", true; });
 }
 
-bool Plugin::has_ports(int32_t inputs) const { return inputs == static_cast<int32_t>(op_.inputs.size()); }
-
 nvinfer1::DataType Plugin::getOutputDataType(int32_t index, nvinfer1::DataType const* types, int32_t) const noexcept {
   return output_data_type(op_, index, types);
 }
@@ -46,20 +44,20 @@ nvinfer1::DimsExprs Plugin::getOutputDimensions(int32_t output, nvinfer1::DimsEx
   nvinfer1::DimsExprs refused{};
   refused.nbDims = -1;
   return guarded(refused, [&] {
-    bool const fits = has_ports(count) && check_shapes(op_, attributes_, inputs);
+    bool const fits = check_inputs(op_, count) && check_shapes(op_, attributes_, inputs);
     return fits ? output_dims(op_, attributes_, output, inputs, builder) : refused;
   });
 }
 
-bool Plugin::supportsFormatCombination(int32_t position, nvinfer1::PluginTensorDesc const* descs, int32_t inputs,
+bool Plugin::supportsFormatCombination(int32_t position, nvinfer1::PluginTensorDesc const* descs, int32_t,
                                        int32_t) noexcept {
-  return has_ports(inputs) && accepts_format(op_, position, descs);
+  return accepts_format(op_, position, descs);
 }
 
-void Plugin::configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t, nvinfer1::DynamicPluginTensorDesc const*,
-                             int32_t) noexcept {
+void Plugin::configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t inputs,
+                             nvinfer1::DynamicPluginTensorDesc const*, int32_t) noexcept {
   // Cannot refuse; logs what enqueue will refuse.
-  guarded(false, [&] { return check_shapes(op_, attributes_, in); });
+  guarded(false, [&] { return check_inputs(op_, inputs) && check_shapes(op_, attributes_, in); });
 }
 
 int32_t Plugin::enqueue(nvinfer1::PluginTensorDesc const* input_desc, nvinfer1::PluginTensorDesc const* output_desc,
@@ -91,7 +89,7 @@ nvinfer1::IPluginV2DynamicExt* Creator::deserializePlugin(nvinfer1::AsciiChar co
   return guarded<nvinfer1::IPluginV2DynamicExt*>(nullptr, [&]() -> nvinfer1::IPluginV2DynamicExt* {
     Stored stored{};
     if (data == nullptr || length != sizeof stored) {
-      log_refusal(op_, "the plan holds " + std::to_string(length) + " bytes, needed are " + std::to_string(sizeof stored));
+      log_refusal(op_, "the plan holds " + std::to_string(length) + " bytes, needed are 24");
       return nullptr;
     }
     std::memcpy(&stored, data, sizeof stored);

@@ -26,7 +26,8 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
   void setPluginNamespace(nvinfer1::AsciiChar const* space) noexcept override;
   nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return space_.c_str(); }
 
-  nvinfer1::DataType getOutputDataType(int32_t index, nvinfer1::DataType const* types, int32_t count) const noexcept override;
+  nvinfer1::DataType getOutputDataType(int32_t index, nvinfer1::DataType const* types,
+                                       int32_t count) const noexcept override;
 
   IPluginV2DynamicExt* clone() const noexcept override;
   nvinfer1::DimsExprs getOutputDimensions(int32_t output, nvinfer1::DimsExprs const* inputs, int32_t count,
@@ -40,11 +41,10 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
     return 0;
   }
   int32_t enqueue(nvinfer1::PluginTensorDesc const* input_desc, nvinfer1::PluginTensorDesc const* output_desc,
-                  void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
+                  void const* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override;
 
  private:
-  bool has_ports(int32_t inputs) const;
-
   Op const& op_;
   Attributes attributes_;
   std::string space_ = kNamespace;

@@ -5,6 +5,9 @@
 
 #include "log.h"
 #include "plugin.h"
+#ifdef EDGEPRUNE_SELF_REGISTER
+#include "registration.h"
+#endif
 
 #define EDGEPRUNE_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -20,22 +23,24 @@ std::array<IPluginCreatorInterface*, 3> const& creators() {
 }
 
 #ifdef EDGEPRUNE_SELF_REGISTER
-bool const registered = [] {
-  bool every = true;
-  for (IPluginCreatorInterface* creator : creators()) every &= getPluginRegistry()->registerCreator(*creator, kNamespace);
-  return every;
-}();
+bool const registered = register_creators(creators());
 #endif
 
 }  // namespace
 }  // namespace edgeprune::plugins
 
-EDGEPRUNE_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  count = static_cast<int32_t>(edgeprune::plugins::creators().size());
-  return edgeprune::plugins::creators().data();
+EDGEPRUNE_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) noexcept {
+  using edgeprune::plugins::creators;
+  count = 0;
+  return edgeprune::plugins::guarded<nvinfer1::IPluginCreatorInterface* const*>(nullptr, [&] {
+    count = static_cast<int32_t>(creators().size());
+    return creators().data();
+  });
 }
 
-EDGEPRUNE_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { edgeprune::plugins::set_logger_finder(finder); }
+EDGEPRUNE_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept {
+  edgeprune::plugins::set_logger_finder(finder);
+}
 
-EDGEPRUNE_EXPORT int edgeprune_plugin_abi() { return 10; }
-EDGEPRUNE_EXPORT char const* edgeprune_plugin_version() { return EDGEPRUNE_PLUGIN_VERSION; }
+EDGEPRUNE_EXPORT int edgeprune_plugin_abi() noexcept { return 10; }
+EDGEPRUNE_EXPORT char const* edgeprune_plugin_version() noexcept { return EDGEPRUNE_PLUGIN_VERSION; }

@@ -32,41 +32,41 @@ nvinfer1::IPluginV3* Plugin::clone() noexcept {
   return guarded<nvinfer1::IPluginV3*>(nullptr, [&] { return new Plugin(*this); });
 }
 
-bool Plugin::has_ports(int32_t inputs, int32_t outputs) const {
-  return inputs == static_cast<int32_t>(op_.inputs.size()) && outputs == static_cast<int32_t>(op_.outputs.size());
-}
-
 int32_t Plugin::configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t inputs,
-                                nvinfer1::DynamicPluginTensorDesc const*, int32_t outputs) noexcept {
+                                nvinfer1::DynamicPluginTensorDesc const*, int32_t) noexcept {
   return guarded(kFailure,
-                 [&] { return has_ports(inputs, outputs) && check_shapes(op_, attributes_, in) ? 0 : kFailure; });
+                 [&] { return check_inputs(op_, inputs) && check_shapes(op_, attributes_, in) ? 0 : kFailure; });
 }
 
 int32_t Plugin::getOutputDataTypes(nvinfer1::DataType* made, int32_t outputs, nvinfer1::DataType const* types,
                                    int32_t inputs) const noexcept {
-  if (!has_ports(inputs, outputs)) return kFailure;
-  for (int32_t output = 0; output < outputs; ++output) made[output] = output_data_type(op_, output, types);
-  return 0;
+  return guarded(kFailure, [&] {
+    if (!check_inputs(op_, inputs)) return kFailure;
+    for (int32_t output = 0; output < outputs; ++output) made[output] = output_data_type(op_, output, types);
+    return 0;
+  });
 }
 
 int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* in, int32_t inputs, nvinfer1::DimsExprs const*, int32_t,
                                 nvinfer1::DimsExprs* made, int32_t outputs, nvinfer1::IExprBuilder& builder) noexcept {
   return guarded(kFailure, [&] {
-    if (!has_ports(inputs, outputs) || !check_shapes(op_, attributes_, in)) return kFailure;
-    for (int32_t output = 0; output < outputs; ++output) made[output] = output_dims(op_, attributes_, output, in, builder);
+    if (!check_inputs(op_, inputs) || !check_shapes(op_, attributes_, in)) return kFailure;
+    for (int32_t output = 0; output < outputs; ++output) {
+      made[output] = output_dims(op_, attributes_, output, in, builder);
+    }
     return 0;
   });
 }
 
-bool Plugin::supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* descs, int32_t inputs,
-                                       int32_t outputs) noexcept {
-  return has_ports(inputs, outputs) && accepts_format(op_, position, descs);
+bool Plugin::supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* descs,
+                                       int32_t, int32_t) noexcept {
+  return accepts_format(op_, position, descs);
 }
 
 int32_t Plugin::onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t inputs, nvinfer1::PluginTensorDesc const*,
-                              int32_t outputs) noexcept {
+                              int32_t) noexcept {
   return guarded(kFailure,
-                 [&] { return has_ports(inputs, outputs) && check_shapes(op_, attributes_, in) ? 0 : kFailure; });
+                 [&] { return check_inputs(op_, inputs) && check_shapes(op_, attributes_, in) ? 0 : kFailure; });
 }
 
 int32_t Plugin::enqueue(nvinfer1::PluginTensorDesc const* input_desc, nvinfer1::PluginTensorDesc const* output_desc,

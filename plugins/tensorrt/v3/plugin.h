@@ -41,13 +41,12 @@ class Plugin final : public nvinfer1::IPluginV3,
   int32_t onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t inputs, nvinfer1::PluginTensorDesc const* out,
                         int32_t outputs) noexcept override;
   int32_t enqueue(nvinfer1::PluginTensorDesc const* input_desc, nvinfer1::PluginTensorDesc const* output_desc,
-                  void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
+                  void const* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override;
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
   nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &collection_; }
 
  private:
-  bool has_ports(int32_t inputs, int32_t outputs) const;
-
   Op const& op_;
   Attributes const attributes_;
   std::vector<nvinfer1::PluginField> const fields_;
