@@ -1,8 +1,10 @@
 // Asks a plugin library what TensorRT asks while it builds, with the headers alone: no TensorRT library, no GPU.
-//   harness LIBRARY OP FIELDS SHAPES [WRONG_SHAPES]
+//   harness LIBRARY OP FIELDS SHAPES [WRONG_SHAPES | run=TYPES]
 // FIELDS: name:type=value separated by commas, type i (int32), f (float32) or l (int32 of length 2).
 // SHAPES: one per input, sizes separated by commas, shapes by semicolons; -1 is not known while building.
-// WRONG_SHAPES: what the plugin must refuse at run time, before it launches anything. Prints one JSON object.
+// WRONG_SHAPES: what the plugin must refuse at run time, before it launches anything.
+// TYPES: of the inputs, as numbers of DataType; runs the plugin on addresses 1, 2, ... for inputs and 11, 12, ... for
+// outputs and stream 99, for a library whose kernels only tell how they were called. Prints one JSON object.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -199,19 +201,35 @@ std::string output_shapes(Plugin const& plugin, Sizes const& inputs) {
   return list(shapes);
 }
 
-bool refuses(Plugin const& plugin, Sizes const& inputs) {
-  std::vector<PluginTensorDesc> in, out(plugin.outputs());
+std::vector<PluginTensorDesc> descs_of(Sizes const& inputs) {
+  std::vector<PluginTensorDesc> made;
   for (auto const& sizes : inputs) {
-    in.emplace_back().dims.nbDims = static_cast<int32_t>(sizes.size());
-    for (size_t i = 0; i < sizes.size(); ++i) in.back().dims.d[i] = sizes[i];
+    made.emplace_back().dims.nbDims = static_cast<int32_t>(sizes.size());
+    for (size_t i = 0; i < sizes.size(); ++i) made.back().dims.d[i] = sizes[i];
   }
-  return plugin.refuses(in, out);
+  return made;
+}
+
+std::string extra(Plugin const& plugin, Sizes const& inputs, std::string const& request) {
+  std::vector<PluginTensorDesc> out(plugin.outputs());
+  if (request.rfind("run=", 0) != 0) {
+    return std::string("\"refuses\": ") + (plugin.refuses(descs_of(sizes_of(request)), out) ? "true" : "false");
+  }
+  auto in = descs_of(inputs);
+  auto const types = split(request.substr(4), ',');
+  for (size_t i = 0; i < in.size(); ++i) in[i].type = static_cast<DataType>(std::atoi(types[i].c_str()));
+  std::array<void*, 3> from{}, to{};
+  for (intptr_t i = 0; i < 3; ++i) {
+    from[i] = reinterpret_cast<void*>(1 + i);
+    to[i] = reinterpret_cast<void*>(11 + i);
+  }
+  return "\"code\": " + std::to_string(plugin.run(in, out, from.data(), to.data(), reinterpret_cast<cudaStream_t>(99)));
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count < 5) return std::puts("usage: harness LIBRARY OP FIELDS SHAPES [WRONG_SHAPES]"), 2;
+  if (count < 5) return std::puts("usage: harness LIBRARY OP FIELDS SHAPES [WRONG_SHAPES | run=TYPES]"), 2;
   void* library = dlopen(arguments[1], RTLD_NOW);
   if (library == nullptr) return std::puts(dlerror()), 1;
   Finder finder;
@@ -238,9 +256,7 @@ int main(int count, char** arguments) {
       facts.push_back("\"stored\": " + list({plugin.stored(), clone.stored(), restored.stored()}));
       facts.push_back("\"timing_id\": " + quoted(plugin.timing_id()));
       facts.push_back(std::string("\"refuses_damage\": ") + (creator.refuses_damage(plugin) ? "true" : "false"));
-      if (count > 5) {
-        facts.push_back(std::string("\"refuses\": ") + (refuses(plugin, sizes_of(arguments[5])) ? "true" : "false"));
-      }
+      if (count > 5) facts.push_back(extra(plugin, inputs, arguments[5]));
       for (Plugin* made : {&plugin, &clone, &restored}) made->destroy();
     }
     Strings lines;

@@ -36,9 +36,13 @@ struct Plugin {
     for (int i = 0; i < outputs(); ++i) made.push_back(plugin->getOutputDataType(i, in.data(), in.size()));
     return made;
   }
+  int run(std::vector<PluginTensorDesc> const& in, std::vector<PluginTensorDesc> const& out, void** from, void** to,
+          cudaStream_t stream) const {
+    return plugin->enqueue(in.data(), out.data(), from, to, nullptr, stream);
+  }
   bool refuses(std::vector<PluginTensorDesc> const& in, std::vector<PluginTensorDesc> const& out) const {
     void* none[3]{};
-    return plugin->enqueue(in.data(), out.data(), none, none, nullptr, nullptr) != 0;
+    return run(in, out, none, none, nullptr) != 0;
   }
   void destroy() { plugin->destroy(); }
 };

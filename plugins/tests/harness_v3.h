@@ -29,10 +29,14 @@ struct Plugin {
     build()->getOutputDataTypes(made.data(), made.size(), in.data(), in.size());
     return made;
   }
+  int run(std::vector<PluginTensorDesc> const& in, std::vector<PluginTensorDesc> const& out, void** from, void** to,
+          cudaStream_t stream) const {
+    return runtime()->enqueue(in.data(), out.data(), from, to, nullptr, stream);
+  }
   bool refuses(std::vector<PluginTensorDesc> const& in, std::vector<PluginTensorDesc> const& out) const {
     void* none[3]{};
     return runtime()->onShapeChange(in.data(), in.size(), out.data(), out.size()) != 0 &&
-           runtime()->enqueue(in.data(), out.data(), none, none, nullptr, nullptr) != 0;
+           run(in, out, none, none, nullptr) != 0;
   }
   void destroy() { delete plugin; }
 };

@@ -57,7 +57,8 @@ def headers(major: int) -> Path | None:
         version = folder / "NvInferVersion.h"
         defined = r"#define (?:NV_TENSORRT_MAJOR|TRT_MAJOR_ENTERPRISE) +(\d+)"
         if version.is_file() and (found := re.search(defined, version.read_text())) and int(found[1]) == major:
-            return folder
+            # TensorRT 8.5 has no finder, and its library can register itself alone.
+            return folder if "class ILoggerFinder" in (folder / "NvInferRuntime.h").read_text() else None
     return None
 
 
@@ -96,30 +97,60 @@ def library(libraries: dict[int, Path]) -> Callable[[int], Path]:
     return of
 
 
-@pytest.fixture(scope="session", params=READERS, ids=[f"headers{h}-library{g}" for h, g in READERS])
-def ask(
-    request: pytest.FixtureRequest, library: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Any]:
-    """Return a function that asks one library through the harness built with one version of the headers."""
-    major, generation = request.param
-    built = library(generation)
+def compile_host(output: Path, major: int, *arguments: str) -> Path:
+    """Compile C++ against one version of the headers."""
     folder = headers(major)
     if folder is None:
         pytest.skip(f"no headers of TensorRT {major}: set TENSORRT{major}_ROOT")
-    harness = tmp_path_factory.mktemp("harness") / f"harness{major}"
-    command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-deprecated-declarations", "-rdynamic"]
-    command += [flag for path in (folder, CUDA / "include") for flag in ("-isystem", str(path))]
-    subprocess.run([*command, str(TESTS / "harness.cpp"), "-o", str(harness), "-ldl"], check=True)
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-deprecated-declarations"]
+    flags += [flag for path in (folder, CUDA / "include") for flag in ("-isystem", str(path))]
+    subprocess.run(["c++", *flags, *arguments, "-o", str(output), "-ldl"], check=True)
+    return output
 
-    def answer(op: str, fields: dict[str, str] | str | None = None, shapes: str | None = None, *wrong: str) -> Any:
+
+class Harness:
+    """Asks one library through the harness built with one version of the headers."""
+
+    def __init__(self, program: Path, library: Path, generation: int) -> None:
+        self.program, self.library, self.generation = program, library, generation
+        self.called = ""
+
+    def __call__(self, op: str, fields: dict[str, str] | str | None = None, *shapes: str) -> Any:
+        """Return what the plugin of an op answers; `called` is what the kernels of a recording library told."""
         given = fields if isinstance(fields, str) else in_words(op, fields or GOOD[op])
-        arguments = [str(harness), str(built), op, given, shapes or INPUTS[op], *wrong]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        command = [str(self.program), str(self.library), op, given, *(shapes or [INPUTS[op]])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+        self.called = done.stderr.strip()
         return json.loads(done.stdout)
 
-    answer.generation = generation  # type: ignore[attr-defined]
-    return answer
+
+@pytest.fixture(scope="session", params=READERS, ids=[f"headers{h}-library{g}" for h, g in READERS])
+def ask(
+    request: pytest.FixtureRequest, library: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Harness:
+    major, generation = request.param
+    built = library(generation)
+    program = tmp_path_factory.mktemp("harness") / "harness"
+    return Harness(compile_host(program, major, "-rdynamic", str(TESTS / "harness.cpp")), built, generation)
+
+
+@pytest.fixture(scope="session", params=LIBRARIES)
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    """Return a harness around a library whose kernels tell how they were called."""
+    if not (CUDA / "include" / "cuda_runtime_api.h").is_file():
+        pytest.skip("CUDA's headers are not installed")
+    generation: int = request.param
+    folder = tmp_path_factory.mktemp("recorded")
+    parts = [ROOT / "plugins" / "tensorrt" / name for name in ("common", "v2" if generation == 8 else "v3")]
+    sources = [str(path) for part in parts for path in sorted(part.glob("*.cpp"))]
+    includes = [f"-I{path}" for path in (*parts, ROOT / "plugins" / "kernels")]
+    flags = ["-shared", "-fPIC", "-fvisibility=hidden", '-DEDGEPRUNE_PLUGIN_VERSION="0"', *includes]
+    kernels = str(TESTS / "recording_kernels.cpp")
+    built = compile_host(folder / "recorded.so", generation, *flags, *sources, kernels)
+    return Harness(
+        compile_host(folder / "harness", generation, "-rdynamic", str(TESTS / "harness.cpp")), built, generation
+    )
 
 
 def in_words(op: str, values: dict[str, str]) -> str:
@@ -138,7 +169,7 @@ def type_combinations(op: str, generation: int) -> set[str]:
 
 
 @pytest.mark.parametrize("op", FIELDS)
-def test_op_describes_itself_as_documented(ask: Callable[..., Any], op: str) -> None:
+def test_op_describes_itself_as_documented(ask: Harness, op: str) -> None:
     answer = ask(op)
     assert answer["declared"] == [f"{name}:{kind}" for name, kind in FIELDS[op].items()]
     assert answer["name"] == f"edgeprune::{op} 1"
@@ -149,7 +180,7 @@ def test_op_describes_itself_as_documented(ask: Callable[..., Any], op: str) -> 
 
 
 @pytest.mark.parametrize("op", FIELDS)
-def test_copies_and_stored_plugins_hold_the_same(ask: Callable[..., Any], op: str) -> None:
+def test_copies_and_stored_plugins_hold_the_same(ask: Harness, op: str) -> None:
     answer = ask(op)
     original, clone, restored = answer["stored"]
     assert original == clone == restored
@@ -165,14 +196,14 @@ def test_copies_and_stored_plugins_hold_the_same(ask: Callable[..., Any], op: st
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, fields in FIELDS.items() for name in fields])
-def test_timing_id_tells_values_apart(ask: Callable[..., Any], op: str, name: str) -> None:
+def test_timing_id_tells_values_apart(ask: Harness, op: str, name: str) -> None:
     other = {**GOOD[op], name: {"threshold": "0.2500001"}.get(name, "0" if name != "k" else "4")}
     ids = [ask(op, values)["timing_id"] for values in (GOOD[op], GOOD[op], other)]
     assert ids[0] == ids[1]
     assert len(set(ids)) == (1 if ask.generation == 8 else 2), "TensorRT 8 asks for none"
 
 
-def test_shapes_of_outputs_follow_the_rules_of_the_compiler(ask: Callable[..., Any]) -> None:
+def test_shapes_of_outputs_follow_the_rules_of_the_compiler(ask: Harness) -> None:
     pytest.importorskip("onnx_graphsurgeon")
     from edgeprune.export.ops import gather_tokens, topk_gather
 
@@ -182,7 +213,7 @@ def test_shapes_of_outputs_follow_the_rules_of_the_compiler(ask: Callable[..., A
     assert ask("ScatterTokens")["shapes"] == [[-1, 16, 64]]
 
 
-def test_fields_are_the_attributes_of_the_onnx_ops(ask: Callable[..., Any]) -> None:
+def test_fields_are_the_attributes_of_the_onnx_ops(ask: Harness) -> None:
     pytest.importorskip("onnx_graphsurgeon")
     from edgeprune.export.ops import PLUGIN_FIELDS, gather_tokens, topk_gather
 
@@ -193,13 +224,13 @@ def test_fields_are_the_attributes_of_the_onnx_ops(ask: Callable[..., Any]) -> N
         assert all(attribute.required for attribute in attributes.values())
 
 
-def test_unknown_sizes_are_left_open(ask: Callable[..., Any]) -> None:
+def test_unknown_sizes_are_left_open(ask: Harness) -> None:
     assert ask("TopKGather", None, "-1,-1;-1,-1,-1")["shapes"] == [[-1, 4, -1], [-1, 3], [-1]]
     assert ask("GatherTokens", None, "2,-1,8;2,-1")["shapes"] == [[2, -1, 8]]
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, fields in FIELDS.items() for name in fields])
-def test_missing_and_wrong_fields_are_refused_with_a_reason(ask: Callable[..., Any], op: str, name: str) -> None:
+def test_missing_and_wrong_fields_are_refused_with_a_reason(ask: Harness, op: str, name: str) -> None:
     words = [f"{field}:{FIELDS[op][field]}={value}" for field, value in GOOD[op].items()]
     own = next(word for word in words if word.startswith(f"{name}:"))
     others = ",".join(word for word in words if word != own)
@@ -214,7 +245,7 @@ def test_missing_and_wrong_fields_are_refused_with_a_reason(ask: Callable[..., A
         assert [line for line in answer["log"] if "unknown" not in line] == [f"edgeprune: {op}: {reason}"]
 
 
-def test_field_of_two_values_is_refused(ask: Callable[..., Any]) -> None:
+def test_field_of_two_values_is_refused(ask: Harness) -> None:
     answer = ask("GatherTokens", "num_prefix_tokens:l=1")
     assert answer["log"] == ["edgeprune: GatherTokens: field num_prefix_tokens must hold one value"]
 
@@ -231,13 +262,13 @@ def test_field_of_two_values_is_refused(ask: Callable[..., Any]) -> None:
         ("threshold", "nan", "threshold is not a number"),
     ],
 )
-def test_values_out_of_range_are_refused(ask: Callable[..., Any], name: str, value: str, reason: str) -> None:
+def test_values_out_of_range_are_refused(ask: Harness, name: str, value: str, reason: str) -> None:
     answer = ask("TopKGather", {**GOOD["TopKGather"], name: value})
     assert "name" not in answer
     assert answer["log"] == [f"edgeprune: TopKGather: {reason}"]
 
 
-def test_unknown_field_is_mentioned(ask: Callable[..., Any]) -> None:
+def test_unknown_field_is_mentioned(ask: Harness) -> None:
     answer = ask("GatherTokens", {"num_prefix_tokens": "1", "prefix": "1"})
     assert answer["name"] == "edgeprune::GatherTokens 1"
     assert "edgeprune: GatherTokens: field prefix is unknown and without effect" in answer["log"]
@@ -265,7 +296,7 @@ def test_unknown_field_is_mentioned(ask: Callable[..., Any]) -> None:
     ],
 )
 def test_shapes_that_cannot_be_are_refused_while_building_and_running(
-    ask: Callable[..., Any], op: str, shapes: str, reason: str
+    ask: Harness, op: str, shapes: str, reason: str
 ) -> None:
     built = ask(op, None, shapes)
     assert built["shapes"] is None
@@ -276,10 +307,37 @@ def test_shapes_that_cannot_be_are_refused_while_building_and_running(
     assert line in run["log"]
 
 
-def test_wrong_number_of_inputs_is_refused(ask: Callable[..., Any]) -> None:
+def test_wrong_number_of_inputs_is_refused(ask: Harness) -> None:
     answer = ask("ScatterTokens", None, "2,16,8;2,5,8")
     assert answer["shapes"] is None
     assert "edgeprune: ScatterTokens: 2 inputs, needed are 3" in answer["log"]
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "types", "called"),
+    [
+        ("TopKGather", "2,16;2,17,64", "0,1", "topk_gather 2 16 3 1 128 0 1 2 0.25 0x1 0x2 0xb 0xc 0xd 0x63"),
+        ("TopKGather", "5,16;5,17,8", "1,2", "topk_gather 5 16 3 1 8 1 1 2 0.25 0x1 0x2 0xb 0xc 0xd 0x63"),
+        ("GatherTokens", "2,18,6;2,5", "0,3", "gather_tokens 2 16 5 2 24 0x1 0x2 0xb 0x63"),
+        ("ScatterTokens", "2,16,6;2,5,6;2,5", "1,1,3", "scatter_tokens 2 16 5 12 0x1 0x2 0x3 0xb 0x63"),
+    ],
+)
+def test_kernel_gets_sizes_and_addresses(recorded: Harness, op: str, shapes: str, types: str, called: str) -> None:
+    assert recorded(op, None, shapes, f"run={types}")["code"] == 0
+    assert recorded.called == called
+
+
+def test_bfloat16_scores_are_told_to_the_kernel(recorded: Harness) -> None:
+    if recorded.generation == 8:
+        pytest.skip("TensorRT 8 has no bfloat16")
+    recorded("TopKGather", None, "2,16;2,17,64", f"run={BF16},{FP8}")
+    assert recorded.called.startswith("topk_gather 2 16 3 1 64 2 ")
+
+
+def test_failed_launch_is_reported(recorded: Harness) -> None:
+    answer = recorded("GatherTokens", None, "13,18,6;13,5", "run=0,3")
+    assert answer["code"] != 0
+    assert answer["log"][-1] == "edgeprune: GatherTokens: the launch failed"
 
 
 @pytest.mark.parametrize("generation", LIBRARIES)
@@ -391,7 +449,7 @@ def documented() -> dict[str, list[tuple[str, str, str]]]:
     return made
 
 
-def test_readme_tables_name_the_registered_fields(ask: Callable[..., Any]) -> None:
+def test_readme_tables_name_the_registered_fields(ask: Harness) -> None:
     for op, rows in documented().items():
         kinds = {"int32": "i", "float32": "f"}
         assert [f"{name}:{kinds[kind]}" for what, name, kind in rows if what == "field"] == ask(op)["declared"]
