@@ -143,9 +143,9 @@ int launch_scatter(Attributes const&, Tensors const& in, Tensors const& out, voi
 
 }  // namespace
 
-std::array<Op, 3> const& ops() {
+std::vector<Op> const& ops() {
   using A = Attributes;
-  static std::array<Op, 3> const all{{
+  static std::vector<Op> const all{
       {"TopKGather",
        {{"k", &A::k, nullptr},
         {"num_prefix_tokens", &A::num_prefix_tokens, nullptr},
@@ -174,7 +174,7 @@ std::array<Op, 3> const& ops() {
        refuse_scatter_sizes,
        scatter_extents,
        launch_scatter},
-  }};
+  };
   return all;
 }
 

@@ -1,7 +1,8 @@
 // What TensorRT 8 and a loader find in the library.
 #include <NvInferRuntime.h>
 
-#include <array>
+#include <list>
+#include <vector>
 
 #include "log.h"
 #include "plugin.h"
@@ -14,9 +15,13 @@
 namespace edgeprune::plugins {
 namespace {
 
-std::array<nvinfer1::IPluginCreator*, 3> const& creators() {
-  static Creator topk_gather(ops()[0]), gather_tokens(ops()[1]), scatter_tokens(ops()[2]);
-  static std::array<nvinfer1::IPluginCreator*, 3> const all{&topk_gather, &gather_tokens, &scatter_tokens};
+std::vector<nvinfer1::IPluginCreator*> const& creators() {
+  static std::list<Creator> held(ops().begin(), ops().end());
+  static std::vector<nvinfer1::IPluginCreator*> const all = [] {
+    std::vector<nvinfer1::IPluginCreator*> made;
+    for (Creator& creator : held) made.push_back(&creator);
+    return made;
+  }();
   return all;
 }
 

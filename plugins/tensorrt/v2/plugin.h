@@ -53,6 +53,7 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
 class Creator final : public nvinfer1::IPluginCreator {
  public:
   explicit Creator(Op const& op);
+  Creator(Creator const&) = delete;
 
   nvinfer1::AsciiChar const* getPluginName() const noexcept override { return op_.name; }
   nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kOpVersion; }

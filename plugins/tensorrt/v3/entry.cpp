@@ -1,7 +1,8 @@
 // What TensorRT 10 and later and a loader find in the library.
 #include <NvInferRuntime.h>
 
-#include <array>
+#include <list>
+#include <vector>
 
 #include "log.h"
 #include "plugin.h"
@@ -16,9 +17,13 @@ namespace {
 
 using nvinfer1::IPluginCreatorInterface;
 
-std::array<IPluginCreatorInterface*, 3> const& creators() {
-  static Creator topk_gather(ops()[0]), gather_tokens(ops()[1]), scatter_tokens(ops()[2]);
-  static std::array<IPluginCreatorInterface*, 3> const all{&topk_gather, &gather_tokens, &scatter_tokens};
+std::vector<IPluginCreatorInterface*> const& creators() {
+  static std::list<Creator> held(ops().begin(), ops().end());
+  static std::vector<IPluginCreatorInterface*> const all = [] {
+    std::vector<IPluginCreatorInterface*> made;
+    for (Creator& creator : held) made.push_back(&creator);
+    return made;
+  }();
   return all;
 }
 

@@ -57,6 +57,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 class Creator final : public nvinfer1::IPluginCreatorV3One {
  public:
   explicit Creator(Op const& op);
+  Creator(Creator const&) = delete;
 
   nvinfer1::AsciiChar const* getPluginName() const noexcept override { return op_.name; }
   nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kOpVersion; }
