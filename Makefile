@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format plugins clean
 
 help:
 	@echo "make setup   a virtual environment with everything the CPU side needs"
 	@echo "make demo    export, verify, evaluate and benchmark the shipped digits model"
 	@echo "make test    all tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make plugins TensorRT plugin libraries, into build/plugins; needs nvcc, cmake and TensorRT's headers:"
+	@echo "             TENSORRT8_ROOT=... TENSORRT10_ROOT=... make plugins (one of them is enough)"
+	@echo "             PLUGIN_ARCHS=87-real for other GPUs than those of desktops (plugins/CMakePresets.json)"
 
 setup: $(VENV)/.ready
 
@@ -34,6 +37,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+plugins:
+	cmake -S plugins --preset desktop -B build/plugins $(if $(PLUGIN_ARCHS),-DCMAKE_CUDA_ARCHITECTURES="$(PLUGIN_ARCHS)")
+	cmake --build build/plugins --parallel
 
 clean:
 	rm -rf $(VENV) .stage build dist out *.egg-info
