@@ -43,12 +43,12 @@ struct Pivot {
   int ties;
 };
 
-EDGEPRUNE_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+EDGEPRUNE_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
-EDGEPRUNE_DEVICE float mass_of(float score) { return score > 0 ? score : 0; }
+EDGEPRUNE_HOST_DEVICE float mass_of(float score) { return score > 0 ? score : 0; }
 
-// How many tokens the mode keeps. `score(i)` visits all tokens, best first when the mode is mass. Prefix sums are double
-// and rounded to float, as torch forms them on a CPU; each thread sums a run of tokens, then the runs are scanned.
+// How many tokens the mode keeps. `score(i)` visits all tokens, best first when the mode is mass. Prefix sums are formed
+// in double and rounded to float, as torch does on a CPU; each thread sums a run of tokens, then the runs are scanned.
 template <class Block, class Score>
 EDGEPRUNE_DEVICE int count_tokens(const Block& block, int& counter, const Selection& selection, const Score& score) {
   const int n = selection.tokens;
@@ -79,7 +79,7 @@ EDGEPRUNE_DEVICE int count_tokens(const Block& block, int& counter, const Select
 }
 
 // How many tokens go before a token.
-EDGEPRUNE_DEVICE int rank_of(const uint32_t* keys, int n, int token) {
+EDGEPRUNE_HOST_DEVICE int rank_of(const uint32_t* keys, int n, int token) {
   const uint32_t own = keys[token];
   int rank = 0;
   for (int i = 0; i < token; ++i) rank += keys[i] >= own;
