@@ -52,7 +52,6 @@ EDGEPRUNE_DEVICE void copy_rows(const Block& block, int rows, int vectors, Vecto
     int row = thread / vectors, column = thread % vectors;  // kept in step with the flat position: no more divisions
     for (int flat = thread; flat < total; flat += kInFlight * threads) {
       Vector held[kInFlight] = {};
-#pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (row < rows) {
           const Vector* from = source(row);
@@ -65,7 +64,6 @@ EDGEPRUNE_DEVICE void copy_rows(const Block& block, int rows, int vectors, Vecto
           ++row;
         }
       }
-#pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (flat + i * threads < total) to[flat + i * threads] = held[i];
       }
@@ -141,6 +139,26 @@ EDGEPRUNE_DEVICE void scatter_block(const Block& block, int* owners, const Scatt
   copy_rows(block, rows, vectors, static_cast<Vector*>(arguments.out) + written, [&](int row) -> const Vector* {
     return owners[row] < 0 ? base + int64_t{row} * vectors : tokens + int64_t{owners[row]} * vectors;
   });
+}
+
+inline int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// Calls function(Vector) with the vector of that many bytes.
+template <class Function>
+int with_vector(int bytes, const Function& function) {
+  switch (bytes) {
+    case 16: return function(Vector16{});
+    case 8: return function(Vector8{});
+    case 4: return function(uint32_t{});
+    case 2: return function(uint16_t{});
+    default: return function(uint8_t{});
+  }
+}
+
+// Rows per block such that each thread copies kInFlight vectors.
+inline int rows_of_a_block(int vectors) {
+  const int rows = kCopyThreads * kInFlight / vectors;
+  return rows > 1 ? rows : 1;
 }
 
 }  // namespace edgeprune
