@@ -31,7 +31,6 @@ struct ThreadBlock {
 
   template <class T>
   __device__ static T inclusive(T sum, int lane) {
-#pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const T below = __shfl_up_sync(kAll, sum, distance);
       if (lane >= distance) sum += below;

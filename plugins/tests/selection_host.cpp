@@ -1,14 +1,15 @@
-// The kernels' block functions on the host: what the device runs but for warp shuffles, atomics and the launch itself.
+// The kernels' block functions on the host: what the device runs, but for the launches.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "../kernels/block.cuh"
 #include "../kernels/rows.h"
 
 namespace edgeprune {
 namespace {
 
-// Threads run one after another, forwards or backwards: a result that depends on their order shows.
+// Quick: every step is a loop over its indices, forwards or backwards; a result that depends on their order shows.
 struct HostBlock {
   int size;
   bool backwards;
@@ -51,10 +52,21 @@ struct HostBlock {
   }
 };
 
+// How a block runs: bit 0, backwards; bit 1, the device's own ThreadBlock with a fiber per thread.
+template <class Function>
+void run_block(int threads, int how, const Function& function) {
+  const bool backwards = (how & 1) != 0;
+  if (how & 2) {
+    cuda_on_host::run_block(threads, backwards, [&] { function(ThreadBlock{}); });
+  } else {
+    function(HostBlock{threads, backwards});
+  }
+}
+
+// Shared memory holds anything when a block starts.
 template <class Storage>
-Storage& poisoned(Storage& storage) {
+void poison(Storage& storage) {
   memset(static_cast<void*>(&storage), 0xa5, sizeof storage);
-  return storage;
 }
 
 template <class Function>
@@ -82,56 +94,61 @@ void host_keys(const void* scores, int type, int n, uint32_t* keys, float* value
 
 // `small` chooses the algorithm, `threads` the size of the selecting block, `vector` the bytes copied at once.
 void host_topk_gather(const edgeprune_topk_gather_params* params, const void* scores, const void* tokens, void* kept,
-                      int32_t* indices, int32_t* count, int small, int threads, int backwards, int rows_per_block,
-                      int vector) {
+                      int32_t* indices, int32_t* count, int small, int threads, int how, int rows_per_block, int vector) {
   const int batch = static_cast<int>(params->batch), n = static_cast<int>(params->tokens);
   const int k = static_cast<int>(params->kept), prefix = static_cast<int>(params->prefix);
   const GatherArguments gather{tokens, indices, kept, n, k, prefix, static_cast<int>(params->row_bytes) / vector,
                                rows_per_block};
   const Selection selection{n, k, params->order, params->mode, params->threshold};
   const TopkGatherArguments arguments{selection, gather, scores, params->score_type, indices, count};
-  const HostBlock copier{kCopyThreads, backwards != 0};
   if (!small) {
     LargeStorage storage;
-    const HostBlock selector{threads, backwards != 0};
-    for (int image = 0; image < batch; ++image) topk_select_block(selector, poisoned(storage), arguments, image);
+    for (int image = 0; image < batch; ++image) {
+      poison(storage);
+      run_block(threads, how, [&](const auto& block) { topk_select_block(block, storage, arguments, image); });
+    }
   }
   with_vector(vector, [&](auto as) {
     SmallStorage storage;
     each_share(batch, prefix + k, rows_per_block, [&](int image, int share) {
-      if (small) {
-        topk_gather_block<decltype(as)>(copier, poisoned(storage), arguments, image, share);
-      } else {
-        gather_block<decltype(as)>(copier, gather, image, share);
-      }
+      poison(storage);
+      run_block(kCopyThreads, how, [&](const auto& block) {
+        if (small) {
+          topk_gather_block<decltype(as)>(block, storage, arguments, image, share);
+        } else {
+          gather_block<decltype(as)>(block, gather, image, share);
+        }
+      });
     });
     return 0;
   });
 }
 
 void host_gather_tokens(const edgeprune_gather_tokens_params* params, const void* tokens, const int32_t* indices,
-                        void* kept, int backwards, int rows_per_block, int vector) {
+                        void* kept, int how, int rows_per_block, int vector) {
   const int n = static_cast<int>(params->tokens), k = static_cast<int>(params->kept);
   const int prefix = static_cast<int>(params->prefix);
   const GatherArguments arguments{tokens, indices, kept, n, k, prefix, static_cast<int>(params->row_bytes) / vector,
                                   rows_per_block};
-  const HostBlock block{kCopyThreads, backwards != 0};
   with_vector(vector, [&](auto as) {
-    each_share(static_cast<int>(params->batch), prefix + k, rows_per_block,
-               [&](int image, int share) { gather_block<decltype(as)>(block, arguments, image, share); });
+    each_share(static_cast<int>(params->batch), prefix + k, rows_per_block, [&](int image, int share) {
+      run_block(kCopyThreads, how,
+                [&](const auto& block) { gather_block<decltype(as)>(block, arguments, image, share); });
+    });
     return 0;
   });
 }
 
 void host_scatter_tokens(const edgeprune_scatter_tokens_params* params, const void* base, const void* tokens,
-                         const int32_t* indices, void* out, int backwards, int vector) {
+                         const int32_t* indices, void* out, int how, int vector) {
   const int n = static_cast<int>(params->tokens), k = static_cast<int>(params->kept);
   const ScatterArguments arguments{base, tokens, indices, out, n, k, static_cast<int>(params->row_bytes) / vector};
-  const HostBlock block{kCopyThreads, backwards != 0};
   with_vector(vector, [&](auto as) {
     int owners[kScatterRows];
-    each_share(static_cast<int>(params->batch), n, kScatterRows,
-               [&](int image, int share) { scatter_block<decltype(as)>(block, owners, arguments, image, share); });
+    each_share(static_cast<int>(params->batch), n, kScatterRows, [&](int image, int share) {
+      run_block(kCopyThreads, how,
+                [&](const auto& block) { scatter_block<decltype(as)>(block, owners, arguments, image, share); });
+    });
     return 0;
   });
 }

@@ -34,6 +34,9 @@ from tests.helpers.kernels import (
 from tests.helpers.scores import awkward_scores
 
 SOURCE = Path(__file__).parents[3] / "plugins" / "tests" / "selection_host.cpp"
+FAKE_CUDA = SOURCE.parent / "cuda_on_host"
+QUICK = (0, 1)  # loops over the threads of a step, forwards and backwards
+FIBERS = (2, 3)  # the device's own block with a fiber per thread, forwards and backwards
 SMALL_SIZES = tuple(n for n in EDGE_SIZES if n <= 256)
 Check = Callable[[Case], None]
 
@@ -44,7 +47,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler on the path")
     library = tmp_path_factory.mktemp("selection") / "selection.so"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{FAKE_CUDA}"]
     result = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return ctypes.CDLL(str(library))
@@ -58,14 +61,22 @@ def widest(row_bytes: int) -> int:
     return next(width for width in (16, 8, 4, 2, 1) if row_bytes % width == 0)
 
 
-def hold(host: ctypes.CDLL, case: Case, *, small: bool, threads: int = 512, share: int = 5) -> None:
+def hold(
+    host: ctypes.CDLL,
+    case: Case,
+    *,
+    small: bool,
+    threads: int = 512,
+    share: int = 5,
+    ways: tuple[int, ...] = QUICK,
+) -> None:
     """Run a case with the threads in both orders and hold every output against the reference."""
     scores = case.score_bytes()
-    for backwards in (0, 1):
+    for how in ways:
         outputs = case.outputs()
         pointers = [address(array) for array in (scores, case.tokens, *outputs)]
         vector = widest(case.tokens.shape[2])
-        host.host_topk_gather(ctypes.byref(case.params()), *pointers, int(small), threads, backwards, share, vector)
+        host.host_topk_gather(ctypes.byref(case.params()), *pointers, int(small), threads, how, share, vector)
         case.check(*outputs)
 
 
@@ -162,6 +173,15 @@ def test_neither_block_size_nor_share_changes_a_result(host: ctypes.CDLL, thread
         hold(host, case, small=True, share=share)
 
 
+@pytest.mark.parametrize("block", range(4))
+def test_the_block_of_the_device_synchronizes_as_it_must(host: ctypes.CDLL, block: int) -> None:
+    """Fibers run from barrier to barrier: without one too many, without one wrong values."""
+    for seed in range(6 * block, 6 * (block + 1)):
+        hold(host, random_case(seed, SMALL_SIZES), small=True, share=50, ways=FIBERS)
+        case = random_case(seed, (256, 700, 1300))
+        hold(host, case, small=False, threads=512 if case.scores.shape[1] <= 1024 else 1024, share=500, ways=FIBERS)
+
+
 def test_the_mass_is_reached_at_the_last_needed_token(small: Check, large: Check) -> None:
     """Sums of quarters are exact in any order, so the edge itself is tested."""
     scores = torch.tensor([[0.25, 0.5, 0.125, 0.125]])
@@ -195,10 +215,17 @@ def test_gathering_and_scattering_copy_bytes(host: ctypes.CDLL, row_bytes: int, 
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 16])
-def test_every_vector_width_copies_the_same(host: ctypes.CDLL, width: int) -> None:
+@pytest.mark.parametrize("how", [*QUICK, *FIBERS])
+def test_every_vector_width_copies_the_same(host: ctypes.CDLL, width: int, how: int) -> None:
     rng = np.random.default_rng(0)
     tokens, indices = random_tokens(rng, 2, 30, 48), random_indices(rng, 2, 29, 20)
     kept = poisoned((2, 21, 48), np.uint8)
     pointers = [address(array) for array in (tokens, indices, kept)]
-    host.host_gather_tokens(ctypes.byref(gather_params(tokens, indices, 1)), *pointers, 0, 3, width)
+    host.host_gather_tokens(ctypes.byref(gather_params(tokens, indices, 1)), *pointers, how, 3, width)
     np.testing.assert_array_equal(kept, gathered(tokens, indices, 1))
+
+    base, out = random_tokens(rng, 2, 29, 48), poisoned((2, 29, 48), np.uint8)
+    repeated = random_indices(rng, 2, 29, 20, awkward=True)
+    pointers = [address(array) for array in (base, tokens, repeated, out)]
+    host.host_scatter_tokens(ctypes.byref(scatter_params(base, repeated)), *pointers, how, width)
+    np.testing.assert_array_equal(out, scattered(base, tokens.reshape(-1, 48)[:40].reshape(2, 20, 48), repeated))

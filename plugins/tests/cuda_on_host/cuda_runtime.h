@@ -1,0 +1,134 @@
+// As much of CUDA as block.cuh needs, on the host: a block's threads are fibers of one thread. A fiber runs until it
+// waits for others, so work that lacks a barrier sees values that are too old or too new, and a barrier that not every
+// thread reaches aborts.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static  // one block at a time
+
+struct {
+  unsigned x;
+} inline threadIdx, blockDim;
+
+namespace cuda_on_host {
+
+struct Barrier {
+  int expected, arrived = 0, generation = 0;
+};
+
+struct Warp {
+  Barrier barrier{32};
+  unsigned char values[32][8];
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool finished = false;
+};
+
+constexpr int kStackBytes = 1 << 16;
+
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline Barrier block{0};
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+inline int running;
+inline bool progress;
+
+inline void wait(Barrier& barrier) {
+  const int generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    progress = true;
+  }
+  while (barrier.generation == generation) swapcontext(&fibers[running].context, &scheduler);
+}
+
+inline void run_fiber() {
+  body();
+  fibers[running].finished = progress = true;
+}
+
+// Runs `function` in every thread of a block; backwards turns their order round.
+inline void run_block(int threads, bool backwards, const std::function<void()>& function) {
+  body = function;
+  blockDim.x = static_cast<unsigned>(threads);
+  block = Barrier{threads};
+  warps.assign(threads / 32, Warp{});
+  fibers = std::vector<Fiber>(threads);
+  for (Fiber& fiber : fibers) {
+    fiber.stack = std::make_unique<char[]>(kStackBytes);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  const auto finished = [] {
+    return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.finished; });
+  };
+  while (!finished()) {
+    progress = false;
+    for (int i = 0; i < threads; ++i) {
+      running = backwards ? threads - 1 - i : i;
+      threadIdx.x = static_cast<unsigned>(running);
+      if (!fibers[running].finished) swapcontext(&scheduler, &fibers[running].context);
+    }
+    if (!progress) {
+      fputs("some threads wait at a barrier that others never reach\n", stderr);
+      abort();
+    }
+  }
+}
+
+// The value that lane `from` of the own warp brings.
+template <class T>
+T exchange(T value, int from) {
+  Warp& warp = warps[threadIdx.x / 32];
+  memcpy(warp.values[threadIdx.x % 32], &value, sizeof value);
+  wait(warp.barrier);
+  memcpy(&value, warp.values[from], sizeof value);
+  wait(warp.barrier);
+  return value;
+}
+
+}  // namespace cuda_on_host
+
+inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::block); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_on_host::exchange(value, lane);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return cuda_on_host::exchange(value, lane < distance ? lane : lane - distance);
+}
+
+inline int atomicAdd(int* value, int summand) {
+  const int before = *value;
+  *value += summand;
+  return before;
+}
+
+inline int atomicMax(int* value, int candidate) {
+  const int before = *value;
+  *value = std::max(before, candidate);
+  return before;
+}
