@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "plugins" / "kernels"
@@ -51,15 +52,19 @@ def build_library(directory: Path, architecture: str) -> Path:
     return library
 
 
-def compile_sources(options: list[str], architecture: str) -> str:
-    """Compile the library's sources with all warnings as errors and return what the compiler says."""
+def compile_sources(options: list[str], architecture: str, names: Sequence[str] = NAMES) -> str:
+    """Compile sources of the library with all warnings as errors and return what the compiler says.
+
+    Raises:
+        KernelError: there is no nvcc, or it fails.
+    """
     nvcc = find_nvcc()
     if nvcc is None:
         raise KernelError("nvcc is not on the path and not in CUDA_HOME: install the CUDA toolkit")
     command = [nvcc, "-O3", "-std=c++17", f"-arch={architecture}", "-DEDGEPRUNE_KERNELS_EXPORT"]
     command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden"]
     result = subprocess.run(
-        [*command, *options, *(str(SOURCES / name) for name in NAMES)], capture_output=True, text=True
+        [*command, *options, *(str(SOURCES / name) for name in names)], capture_output=True, text=True
     )
     if result.returncode:
         raise KernelError(f"nvcc failed:\n{result.stdout}{result.stderr}")
