@@ -8,18 +8,28 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 LIBRARY = "libcuda.so.1"
-MULTIPROCESSORS, CAPABILITY_MAJOR, CAPABILITY_MINOR = 16, 75, 76  # CUdevice_attribute
+MULTIPROCESSORS, L2_BYTES, CAPABILITY_MAJOR, CAPABILITY_MINOR = 16, 38, 75, 76  # CUdevice_attribute
 THREAD_LOCAL_CAPTURE = 1  # CUstreamCaptureMode
 NON_BLOCKING = 1  # CUstream_flags
+EMPTY_KERNEL = b".version 7.0\n.target sm_70\n.address_size 64\n.visible .entry empty() { ret; }\n"
 
 
 class CudaError(RuntimeError):
     """There is no device, or the driver reports an error."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured graph: how to launch it on the stream it was captured from, and of how many nodes it is."""
+
+    launch: Callable[[], None]
+    nodes: int
 
 
 class Device:
@@ -60,6 +70,11 @@ class Device:
     def multiprocessors(self) -> int:
         """Their number."""
         return self._attribute(MULTIPROCESSORS)
+
+    @property
+    def l2_bytes(self) -> int:
+        """Size of the second-level cache."""
+        return self._attribute(L2_BYTES)
 
     @property
     def driver_version(self) -> str:
@@ -117,20 +132,29 @@ class Device:
             self._call("cuStreamDestroy_v2", stream)
 
     @contextmanager
-    def graph(self, stream: int, work: Callable[[], Any]) -> Iterator[Callable[[], None]]:
-        """Capture what `work` enqueues on the stream and return a function that launches it there."""
+    def graph(self, stream: int, work: Callable[[], Any]) -> Iterator[Graph]:
+        """Capture what `work` enqueues on the stream."""
         handle, graph, executable = ctypes.c_void_p(stream), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", handle, THREAD_LOCAL_CAPTURE)
         try:
             work()
         finally:
             self._call("cuStreamEndCapture", handle, ctypes.byref(graph))
+        nodes = ctypes.c_size_t()
+        self._call("cuGraphGetNodes", graph, None, ctypes.byref(nodes))
         self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
         self._call("cuGraphDestroy", graph)
         try:
-            yield lambda: self._call("cuGraphLaunch", executable, handle)
+            yield Graph(lambda: self._call("cuGraphLaunch", executable, handle), nodes.value)
         finally:
             self._call("cuGraphExecDestroy", executable)
+
+    def empty_kernel(self, stream: int) -> Callable[[], None]:
+        """Return a function that launches a kernel of one thread that does nothing."""
+        module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(EMPTY_KERNEL))
+        self._call("cuModuleGetFunction", ctypes.byref(kernel), module, ctypes.c_char_p(b"empty"))
+        return lambda: self._call("cuLaunchKernel", kernel, *[1] * 6, 0, ctypes.c_void_p(stream), None, None)
 
     @contextmanager
     def stopwatch(self, stream: int) -> Iterator[Callable[[Callable[[], Any]], float]]:

@@ -63,9 +63,8 @@ def compile_sources(options: list[str], architecture: str, names: Sequence[str] 
         raise KernelError("nvcc is not on the path and not in CUDA_HOME: install the CUDA toolkit")
     command = [nvcc, "-O3", "-std=c++17", f"-arch={architecture}", "-DEDGEPRUNE_KERNELS_EXPORT"]
     command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden"]
-    result = subprocess.run(
-        [*command, *options, *(str(SOURCES / name) for name in names)], capture_output=True, text=True
-    )
+    command += [*options, *(str(SOURCES / name) for name in names)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise KernelError(f"nvcc failed:\n{result.stdout}{result.stderr}")
     return result.stdout + result.stderr

@@ -48,7 +48,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler on the path")
     library = tmp_path_factory.mktemp("selection") / "selection.so"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{FAKE_CUDA}"]
-    result = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], capture_output=True, text=True)
+    command = [compiler, *flags, str(SOURCE), "-o", str(library)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return ctypes.CDLL(str(library))
 
@@ -210,7 +211,9 @@ def test_gathering_and_scattering_copy_bytes(host: ctypes.CDLL, row_bytes: int, 
         base, out = random_tokens(rng, 2, n, row_bytes), poisoned((2, n, row_bytes), np.uint8)
         rows = np.ascontiguousarray(kept[:, prefix:])
         pointers = [address(array) for array in (base, rows, indices, out)]
-        host.host_scatter_tokens(ctypes.byref(scatter_params(base, indices)), *pointers, int(awkward), widest(row_bytes))
+        host.host_scatter_tokens(
+            ctypes.byref(scatter_params(base, indices)), *pointers, int(awkward), widest(row_bytes)
+        )
         np.testing.assert_array_equal(out, scattered(base, rows, indices))
 
 
