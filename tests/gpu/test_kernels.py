@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks._cuda import CudaError, Device
+from benchmarks._cuda import Device
 from benchmarks._kernels import Kernels, build_library, find_nvcc
-from tests.helpers.device_kernels import Runner
+from tests.helpers.device_kernels import Runner, missing_device
 from tests.helpers.kernels import EDGE_SIZES, MODES, ORDERS, SCORE_TYPES, SCORES, Case, random_case, random_tokens
 
 pytestmark = pytest.mark.gpu
@@ -25,10 +25,10 @@ SMALL_SIZES = tuple(n for n in EDGE_SIZES if n <= 256)
 
 @pytest.fixture(scope="module")
 def device() -> Device:
-    try:
-        return Device()
-    except CudaError as error:
-        pytest.skip(str(error))
+    reason = missing_device()
+    if reason is not None:
+        pytest.skip(reason)
+    return Device()
 
 
 @pytest.fixture(scope="module")

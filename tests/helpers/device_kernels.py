@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._cuda import Device
+from benchmarks._cuda import CudaError, Device
 from benchmarks._kernels import Kernels
 from tests.helpers.kernels import (
     POISON,
@@ -97,6 +97,15 @@ class Runner:
         assert (image[-GUARD:] == POISON).all(), "bytes behind the output were written"
         array.view(np.uint8).reshape(-1)[...] = image[GUARD:-GUARD]
         return array
+
+
+def missing_device() -> str | None:
+    """Return why no CUDA device can be used, None when one can."""
+    try:
+        Device()
+    except CudaError as error:
+        return str(error)
+    return None
 
 
 def main() -> None:

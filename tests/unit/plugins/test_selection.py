@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeprune.pruning.ops import topk_gather
 from tests.helpers.kernels import (
     EDGE_SIZES,
     MODES,
@@ -190,6 +191,15 @@ def test_the_mass_is_reached_at_the_last_needed_token(small: Check, large: Check
         case = Case("quarters", scores, random_tokens(np.random.default_rng(0), 1, 4, 1), 2, 0, 2, float(threshold))
         small(case)
         large(case)
+
+
+def test_sums_of_mass_are_compared_in_float32(small: Check, large: Check) -> None:
+    """The first two sum to 0.75 - 2^-26, which is 0.75 in float32: the third is not needed."""
+    scores = torch.tensor([[0.5, 0.25 - 2.0**-26, 0.25 - 2.0**-25]])
+    case = Case("rounded", scores, random_tokens(np.random.default_rng(0), 1, 3, 1), 2, 0, 2, 0.75)
+    assert topk_gather(scores, torch.from_numpy(case.tokens), 2, 0, 0, 2, 0.75)[2].tolist() == [2]
+    small(case)
+    large(case)
 
 
 # ------------------------------------------------------------------------------------------------ rows
