@@ -14,6 +14,12 @@ struct ThreadBlock {
     __syncthreads();
   }
 
+  template <class Function>
+  __device__ __forceinline__ void each_apart(int n, const Function& function) const {
+    for (int i = thread(); i < n; i += threads()) function(i);
+    __syncwarp();
+  }
+
   template <class Value, class Use>
   __device__ __forceinline__ void scan(const Value& value, const Use& use) const {
     use(thread(), before(value(thread())));

@@ -3,6 +3,7 @@
 // Written against a Block, so that the device (block.cuh) and the tests on the host run the same lines:
 //   threads()        how many threads work together
 //   each(n, f)       f(i) for every i < n in any order, done everywhere when it returns
+//   each_apart(n, f) the same, but done only for the 32 indices that share i / 32, which share a warp
 //   scan(value, use) use(thread, sum of value(t) over all threads t before it), done everywhere when it returns
 //   increment(c)     adds one to a shared counter
 // Functions run by the whole block with equal arguments return the same to every thread.
@@ -175,7 +176,7 @@ EDGEPRUNE_DEVICE void sort_descending(const Block& block, uint64_t* keys, int n)
   block.each(size - n, [&](int i) { keys[n + i] = 0; });
   for (int span = 2; span <= size; span *= 2) {
     for (int half = span / 2; half > 0; half /= 2) {
-      block.each(size / 2, [&](int pair) {
+      const auto exchange = [&](int pair) {
         const int low = 2 * pair - (pair & (half - 1));
         const int high = low + half;
         const bool descending = (low & span) == 0;
@@ -184,7 +185,13 @@ EDGEPRUNE_DEVICE void sort_descending(const Block& block, uint64_t* keys, int n)
           keys[low] = b;
           keys[high] = a;
         }
-      });
+      };
+      // 32 neighbouring pairs stay within 64 keys while half is at most 32, and need no barrier of the whole block.
+      if (half > 32 || half == 1) {
+        block.each(size / 2, exchange);
+      } else {
+        block.each_apart(size / 2, exchange);
+      }
     }
   }
 }

@@ -21,6 +21,11 @@ struct HostBlock {
     for (int i = 0; i < n; ++i) function(backwards ? n - 1 - i : i);
   }
 
+  template <class Function>
+  void each_apart(int n, const Function& function) const {
+    each(n, function);
+  }
+
   // Adds in the order of the device: within warps of 32, then over warps.
   template <class Value, class Use>
   void scan(const Value& value, const Use& use) const {

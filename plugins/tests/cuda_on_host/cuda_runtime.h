@@ -110,6 +110,8 @@ T exchange(T value, int from) {
 
 inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::block); }
 
+inline void __syncwarp() { cuda_on_host::wait(cuda_on_host::warps[threadIdx.x / 32].barrier); }
+
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   return cuda_on_host::exchange(value, lane);

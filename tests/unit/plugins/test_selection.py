@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.pruning.ops import topk_gather
+from edgeprune.pruning.ops import MODE_MASS, MODE_TOP_K, topk_gather
 from tests.helpers.kernels import (
     EDGE_SIZES,
     MODES,
@@ -182,6 +182,15 @@ def test_the_block_of_the_device_synchronizes_as_it_must(host: ctypes.CDLL, bloc
         hold(host, random_case(seed, SMALL_SIZES), small=True, share=50, ways=FIBERS)
         case = random_case(seed, (256, 700, 1300))
         hold(host, case, small=False, threads=512 if case.scores.shape[1] <= 1024 else 1024, share=500, ways=FIBERS)
+
+
+@pytest.mark.parametrize("mode", [MODE_TOP_K, MODE_MASS])
+def test_the_longest_sort_synchronizes_as_it_must(host: ctypes.CDLL, mode: int) -> None:
+    """More pairs than threads, and steps that only wait for their warp."""
+    rng = np.random.default_rng(mode)
+    scores = torch.from_numpy(SCORES["softmax"](rng, 4096).astype(np.float32)[None])
+    case = Case("softmax", scores, random_tokens(rng, 1, 4096, 1), 4000, 0, mode, 0.9)
+    hold(host, case, small=False, threads=1024, share=5000, ways=FIBERS)
 
 
 def test_the_mass_is_reached_at_the_last_needed_token(small: Check, large: Check) -> None:
