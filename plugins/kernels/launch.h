@@ -14,8 +14,8 @@ constexpr int kBlocksPerMultiprocessor = 2;
 template <class Arguments>
 int launch(const char* name, void (*kernel)(Arguments), dim3 blocks, int threads, Arguments arguments, void* stream) {
   void* pointers[] = {&arguments};
-  const cudaError_t status = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads), pointers, 0,
-                                              static_cast<cudaStream_t>(stream));
+  const cudaError_t status =
+      cudaLaunchKernel(kernel, blocks, dim3(threads), pointers, 0, static_cast<cudaStream_t>(stream));
   if (status == cudaSuccess) return EDGEPRUNE_OK;
   cudaGetLastError();
   return fail(EDGEPRUNE_LAUNCH_FAILED, "%s: %s", name, cudaGetErrorString(status));

@@ -1,6 +1,6 @@
-// As much of CUDA as block.cuh needs, on the host: a block's threads are fibers of one thread. A fiber runs until it
-// waits for others, so work that lacks a barrier sees values that are too old or too new, and a barrier that not every
-// thread reaches aborts.
+// As much of CUDA as the kernels need, on the host: blocks run one after another, a block's threads are fibers of one
+// thread. A fiber runs until it waits for others, so work that lacks a barrier sees values that are too old or too new,
+// and a barrier that not every thread reaches aborts.
 #pragma once
 
 #include <ucontext.h>
@@ -14,12 +14,17 @@
 #include <vector>
 
 #define __device__
+#define __global__
 #define __forceinline__ inline
+#define __launch_bounds__(threads)
 #define __shared__ static  // one block at a time
 
-struct {
-  unsigned x;
-} inline threadIdx, blockDim;
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim;
 
 namespace cuda_on_host {
 
@@ -133,4 +138,36 @@ inline int atomicMax(int* value, int candidate) {
   const int before = *value;
   *value = std::max(before, candidate);
   return before;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  const char* text = getenv("CUDA_ON_HOST_MULTIPROCESSORS");
+  *value = text != nullptr ? atoi(text) : 1;
+  return cudaSuccess;
+}
+
+template <class Arguments>
+cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 blocks, dim3 threads, void** arguments, size_t,
+                             cudaStream_t) {
+  const Arguments& only = *static_cast<Arguments*>(arguments[0]);
+  for (unsigned y = 0; y < blocks.y; ++y) {
+    for (unsigned x = 0; x < blocks.x; ++x) {
+      blockIdx = dim3(x, y);
+      cuda_on_host::run_block(static_cast<int>(threads.x), (x + y) % 2 != 0, [&] { kernel(only); });
+    }
+  }
+  return cudaSuccess;
 }
