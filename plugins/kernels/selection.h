@@ -48,8 +48,8 @@ EDGEPRUNE_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 EDGEPRUNE_HOST_DEVICE float mass_of(float score) { return score > 0 ? score : 0; }
 
-// How many tokens the mode keeps. `score(i)` visits all tokens, best first when the mode is mass. Prefix sums are formed
-// in double and rounded to float, as torch does on a CPU; each thread sums a run of tokens, then the runs are scanned.
+// How many tokens the mode keeps. `score(i)` visits all tokens, best first when the mode is mass. Prefix sums are
+// double, rounded to float, as torch forms them on a CPU: a thread sums a run of tokens, then the runs are scanned.
 template <class Block, class Score>
 EDGEPRUNE_DEVICE int count_tokens(const Block& block, int& counter, const Selection& selection, const Score& score) {
   const int n = selection.tokens;

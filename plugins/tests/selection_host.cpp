@@ -99,7 +99,8 @@ void host_keys(const void* scores, int type, int n, uint32_t* keys, float* value
 
 // `small` chooses the algorithm, `threads` the size of the selecting block, `vector` the bytes copied at once.
 void host_topk_gather(const edgeprune_topk_gather_params* params, const void* scores, const void* tokens, void* kept,
-                      int32_t* indices, int32_t* count, int small, int threads, int how, int rows_per_block, int vector) {
+                      int32_t* indices, int32_t* count, int small, int threads, int how, int rows_per_block,
+                      int vector) {
   const int batch = static_cast<int>(params->batch), n = static_cast<int>(params->tokens);
   const int k = static_cast<int>(params->kept), prefix = static_cast<int>(params->prefix);
   const GatherArguments gather{tokens, indices, kept, n, k, prefix, static_cast<int>(params->row_bytes) / vector,
