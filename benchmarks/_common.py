@@ -266,13 +266,28 @@ def measure_plan(arguments: argparse.Namespace) -> MeasurePlan:
 
 
 def write_result(
-    script: str, arguments: argparse.Namespace, goals: Sequence[Goal], cases: Sequence[Mapping[str, Any]]
+    script: str,
+    arguments: argparse.Namespace,
+    goals: Sequence[Goal],
+    cases: Sequence[Mapping[str, Any]],
+    *,
+    machine: str | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the result file, print the table of goals and return the path."""
+    """Write the result file, print the table of goals and return the path.
+
+    Args:
+        script: its name.
+        arguments: its options; paths are not written.
+        goals: what was to be reached.
+        cases: what was measured.
+        machine: names the file; the CPU when None.
+        extra: joins the fingerprint.
+    """
     fingerprint = take_fingerprint()
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", fingerprint.cpu_model.lower())).strip("-")
-    path = arguments.out or RESULTS / f"{script}.{slug}.json"
-    options = {k: v for k, v in vars(arguments).items() if k != "out"}
+    cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", fingerprint.cpu_model.lower())).strip("-")
+    path = arguments.out or RESULTS / f"{script}.{machine or cpu}.json"
+    options = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path) and k != "out"}
     content = {
         "schema": SCHEMA,
         "script": f"benchmarks/{script}.py",
@@ -280,7 +295,7 @@ def write_result(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "quick": arguments.quick,
         "random_weights": True,
-        "fingerprint": fingerprint.to_dict(),
+        "fingerprint": {**fingerprint.to_dict(), **(extra or {})},
         "goals": [{**asdict(goal), "reached": goal.reached} for goal in goals],
         "cases": list(cases),
     }
