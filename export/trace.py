@@ -75,10 +75,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     import edgeprune.pruning.ops  # noqa: F401  registers the ops
     from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION
     from edgeprune.export.ops import gather_tokens as gather
+    from edgeprune.export.ops import scatter_tokens as scatter
     from edgeprune.export.ops import topk_gather as topk
 
     ours = Opset(DOMAIN, DOMAIN_VERSION)
-    topk_op, gather_op = (Op(ours, op.NAME, op.schema()) for op in (topk, gather))
+    topk_op, gather_op, scatter_op = (Op(ours, op.NAME, op.schema()) for op in (topk, gather, scatter))
 
     def topk_gather(
         scores: Any,
@@ -95,9 +96,13 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def gather_tokens(tokens: Any, indices: Any, num_prefix_tokens: int = 1) -> Any:
         return gather_op(tokens, indices, num_prefix_tokens=num_prefix_tokens, **PLUGIN_FIELDS)
 
+    def scatter_tokens(base: Any, tokens: Any, indices: Any) -> Any:
+        return scatter_op(base, tokens, indices, **PLUGIN_FIELDS)
+
     return {
         torch.ops.edgeprune.topk_gather.default: topk_gather,
         torch.ops.edgeprune.gather_tokens.default: gather_tokens,
+        torch.ops.edgeprune.scatter_tokens.default: scatter_tokens,
     }
 
 

@@ -1,7 +1,7 @@
 """Torch reference of the `edgeprune` ops, version 1, registered as `torch.ops.edgeprune.*`.
 
 Each op is held together over four implementations: this reference, the portable ONNX body in
-`edgeprune.export.ops`, the CUDA kernel and the TensorRT engine (the last two are not built yet).
+`edgeprune.export.ops`, the CUDA kernel in `plugins/kernels` and the TensorRT engine (engines are not built yet).
 """
 
 from __future__ import annotations
@@ -109,3 +109,14 @@ def gather_tokens(tokens: Tensor, indices: Tensor, num_prefix_tokens: int = 1) -
 def _(tokens: Tensor, indices: Tensor, num_prefix_tokens: int = 1) -> Tensor:
     B, _, D = tokens.shape
     return tokens.new_empty(B, num_prefix_tokens + indices.shape[1], D)
+
+
+@torch.library.custom_op("edgeprune::scatter_tokens", mutates_args=())
+def scatter_tokens(base: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
+    """Return base [B, N, D] with tokens [B, K, D] at indices [B, K] int32, each position once."""
+    return base.scatter(1, indices.long().unsqueeze(-1).expand(-1, -1, base.shape[-1]), tokens)
+
+
+@scatter_tokens.register_fake
+def _(base: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
+    return torch.empty_like(base)

@@ -6,7 +6,7 @@ import onnx
 from onnx import helper
 
 from edgeprune.export.lint import Finding, LintContext
-from edgeprune.export.ops import DOMAIN, topk_gather
+from edgeprune.export.ops import DOMAIN, scatter_tokens, topk_gather
 from edgeprune.export.plan import Block, Counts, Rows, Select
 
 
@@ -65,6 +65,8 @@ def infer_shapes(model: onnx.ModelProto, batch: int) -> dict[str, list[int | Non
 
 
 def _same_shape(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    if node.domain == DOMAIN and node.op_type == scatter_tokens.NAME:
+        return [helper.make_node("Identity", [node.input[0]], list(node.output))]
     if node.domain == DOMAIN:
         return _selection_of_same_shape(node)
     if node.domain != "com.microsoft":

@@ -11,7 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
-from edgeprune.export.ops import DOMAIN, gather_tokens, topk_gather
+from edgeprune.export.ops import DOMAIN, gather_tokens, scatter_tokens, topk_gather
 
 
 @lru_cache
@@ -24,7 +24,8 @@ def function_for(op: str, opset: int, order: int = 0, mode: int = 0) -> onnx.Fun
         order: `TopKGather` only.
         mode: `TopKGather` only.
     """
-    text = topk_gather.body(opset, order, mode) if op == topk_gather.NAME else gather_tokens.body(opset)
+    simple = {gather_tokens.NAME: gather_tokens.body, scatter_tokens.NAME: scatter_tokens.body}
+    text = topk_gather.body(opset, order, mode) if op == topk_gather.NAME else simple[op](opset)
     return onnx.parser.parse_function(text)
 
 

@@ -282,3 +282,34 @@ def test_nan_of_every_score_keeps_the_first_tokens() -> None:
     scores, tokens = np.full((1, N), math.nan, np.float32), inputs(1, 1, 0)[1]
     found = run_onnx(topk_model(1, 3, 1, 0, 0, 0.0).SerializeToString(), {"scores": scores, "tokens": tokens})
     assert found["indices"].tolist() == [[0, 1, 2]]
+
+
+def scatter_model(batch: int | str, opset: int) -> onnx.ModelProto:
+    info = helper.make_tensor_value_info
+    node = helper.make_node(
+        "ScatterTokens", ["base", "tokens", "indices"], ["out"], "scatter", domain=DOMAIN, **PLUGIN_FIELDS
+    )
+    graph = helper.make_graph(
+        [node],
+        "op",
+        [info("base", FLOAT, [batch, N, D]), info("tokens", FLOAT, [batch, K, D]), info("indices", INT32, [batch, K])],
+        [info("out", FLOAT, [batch, N, D])],
+    )
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    functions = [function_for("ScatterTokens", opset)]
+    return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 21])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_scattered_tokens_stand_in_their_places(batch: int | str, opset: int) -> None:
+    rng = np.random.default_rng(4)
+    base, tokens = (rng.standard_normal((3, n, D), np.float32) for n in (N, K))
+    indices = np.stack([rng.permutation(N)[:K] for _ in range(3)]).astype(np.int32)
+    expected = ops.scatter_tokens(*(torch.from_numpy(x) for x in (base, tokens, indices))).numpy()
+    rest = np.delete(np.arange(N), indices[1])
+    assert np.array_equal(expected[1][indices[1]], tokens[1])
+    assert np.array_equal(expected[1][rest], base[1][rest])
+    model, feeds = scatter_model(batch, opset), {"base": base, "tokens": tokens, "indices": indices}
+    for variant in (model, lowered_by(inline_bodies, model)):
+        assert np.array_equal(run_onnx(variant.SerializeToString(), feeds)["out"], expected)

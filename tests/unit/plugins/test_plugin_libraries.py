@@ -205,19 +205,19 @@ def test_timing_id_tells_values_apart(ask: Harness, op: str, name: str) -> None:
 
 def test_shapes_of_outputs_follow_the_rules_of_the_compiler(ask: Harness) -> None:
     pytest.importorskip("onnx_graphsurgeon")
-    from edgeprune.export.ops import gather_tokens, topk_gather
+    from edgeprune.export.ops import gather_tokens, scatter_tokens, topk_gather
 
     topk = topk_gather.output_shapes([-1, 16], [-1, 17, 64], 3, 1)
     assert ask("TopKGather")["shapes"] == [list(shape) for shape in topk]
     assert ask("GatherTokens")["shapes"] == [gather_tokens.output_shape([-1, 18, 64], [-1, 5], 2)]
-    assert ask("ScatterTokens")["shapes"] == [[-1, 16, 64]]
+    assert ask("ScatterTokens")["shapes"] == [scatter_tokens.output_shape([-1, 16, 64])]
 
 
 def test_fields_are_the_attributes_of_the_onnx_ops(ask: Harness) -> None:
     pytest.importorskip("onnx_graphsurgeon")
-    from edgeprune.export.ops import PLUGIN_FIELDS, gather_tokens, topk_gather
+    from edgeprune.export.ops import PLUGIN_FIELDS, gather_tokens, scatter_tokens, topk_gather
 
-    for module in (topk_gather, gather_tokens):
+    for module in (topk_gather, gather_tokens, scatter_tokens):
         attributes = {name: a for name, a in module.schema().attributes.items() if name not in PLUGIN_FIELDS}
         kinds = {name: {"INT": "i", "FLOAT": "f"}[a.type.name] for name, a in attributes.items()}
         assert set(ask(module.NAME)["declared"]) == {f"{name}:{kind}" for name, kind in kinds.items()}
