@@ -77,6 +77,13 @@ def test_kernels_do_not_spill_and_need_no_opt_in(resources: dict[str, dict[str, 
         assert used["registers"] * (1024 if "topk_select" in name else 256) <= 65536, name
 
 
+@pytest.mark.slow
+def test_every_architecture_compiles(tmp_path: Path) -> None:
+    if find_nvcc() is None:
+        pytest.skip("no nvcc on the path or in CUDA_HOME")
+    assert build_library(tmp_path, "all").stat().st_size > 0
+
+
 def test_only_the_c_interface_is_exported(library: Path) -> None:
     nm = shutil.which("nm")
     if nm is None:
