@@ -95,6 +95,7 @@ print(json.dumps({name: after[name] - before[name] for name in before}))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224", help="a name that `edgeprune models` lists")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="(default: all)")
     parser.add_argument("--images", type=int, default=8, help="images of a pass (default: 8)")
     parser.add_argument("--calibration-images", type=int, default=192, help="(default: 192)")
     parser.add_argument("--sharpness", type=float, default=3.0, help="factor of the attention's logits (default: 3)")
@@ -104,8 +105,8 @@ def main() -> None:
     goals: list[Goal] = []
     cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="edgeprune-benchmark-") as directory:
-        for method, options in METHODS.items():
-            case = Case(arguments, method, options, Path(directory) / method)
+        for method in arguments.methods:
+            case = Case(arguments, method, METHODS[method], Path(directory) / method)
             with pinned(1):
                 groups = [case.single(), case.mixed_batch()]
             cases += [{**group.to_dict(), "case": case.describe()} for group in groups]
