@@ -9,7 +9,7 @@ outliers do not step. One level down while the device is hot or throttled.
 
 Up: one level, after a dwell, when the device is cool and the level above is predicted to fit with headroom. A step up
 that has to be taken back within `probation_s` doubles the dwell; one that holds for `probation_s` halves it. A level
-between headroom and deadline is held, but not climbed to.
+between headroom and deadline is held, and tried again after `max_up_dwell_s`.
 
 What holds for every sequence of observations, with N levels:
 
@@ -18,8 +18,8 @@ What holds for every sequence of observations, with N levels:
 - A turn is a step up followed by a step down. In any `probation_s` seconds at most n turns, n the largest number for
   which the first n - 1 of the dwells `up_dwell_s * (1, 2, 4, ...)`, none above `max_up_dwell_s`, sum to no more than
   `probation_s`. With the defaults, 4 in a minute, and about one a minute for as long as it goes on.
-- From any state, once the device is cool and the level above is always predicted to fit with headroom, level 0 is
-  reached within `(N - 1) * max_up_dwell_s` and the time of `N * window` runs.
+- From any state, once the device is cool and the level above is always predicted to fit, level 0 is reached within
+  `(N - 1) * max_up_dwell_s` and the time of `N * window` runs.
 - From any state, once every run misses, the sparsest level is reached within `(N - 1) * down_dwell_s` and the time of
   `window + (N - 1) * min_samples` runs; where a level between fits as the costs predict, that one, and it is kept.
 
@@ -50,7 +50,8 @@ class Policy:
         window: newest runs at a level that count, up to 1000.
         min_samples: runs at a level before its latency decides anything.
         percentile: 95 lets one run in twenty miss; nearest rank.
-        headroom: share of the deadline that the level above must be predicted to stay within.
+        headroom: share of the deadline that the level above must be predicted to stay within; the whole of it after
+            `max_up_dwell_s` at a level.
         down_dwell_s: least time between two steps down.
         up_dwell_s: least time at a level before a step up.
         max_up_dwell_s: longest that steps up which failed make it.
@@ -239,8 +240,9 @@ def _choose(
             return level + 1, reason
     elif enough and level and now - state.stepped_s >= state.up_dwell_s and not below <= policy.cool_margin_c:
         predicted = p95 * costs[level - 1] / costs[level]
-        if predicted <= policy.headroom * deadline:
-            share = f"within {100 * policy.headroom:.0f} % of the deadline of {deadline:g} ms"
+        room = policy.headroom if now - state.stepped_s < policy.max_up_dwell_s else 1.0
+        if predicted <= room * deadline:
+            share = f"within {100 * room:.0f} % of the deadline of {deadline:g} ms"
             return level - 1, f"{seen}, level above predicted {predicted:.3g} ms, {share}"
     return level, ""
 

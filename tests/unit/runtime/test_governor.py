@@ -412,3 +412,22 @@ def test_noise_with_three_percent_outliers_does_not_step(seed: int) -> None:
     latencies = [6.0 * math.exp(rng.gauss(0, 0.06)) * (3 if rng.random() < 0.03 else 1) for _ in range(20_000)]
     assert 0.02 < sum(ms > 8 for ms in latencies) / len(latencies) < 0.04
     assert replay(POLICY, [Observation(i / 50, ms) for i, ms in enumerate(latencies)])[1] == []
+
+
+def test_level_that_fits_without_headroom_is_tried_after_the_longest_dwell() -> None:
+    policy, costs, now = Policy(10.0), (9.5, 5.0), 0.0
+    state, step = start(policy, costs, 1), None
+    while step is None and now < 100:
+        now += 0.1
+        state, step = observe(policy, costs, state, Observation(now, 5.0))
+    assert step is not None
+    assert (step.after, step.reason.endswith("within 100 % of the deadline of 10 ms")) == (0, True)
+    assert policy.max_up_dwell_s <= now <= policy.max_up_dwell_s + 1
+
+
+def test_level_that_does_not_fit_is_never_tried() -> None:
+    policy, costs = Policy(10.0), (10.5, 5.0)
+    state = start(policy, costs, 1)
+    for i in range(3000):
+        state, step = observe(policy, costs, state, Observation(i * 0.1, 5.0))
+        assert step is None
