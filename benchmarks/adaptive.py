@@ -24,8 +24,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -154,8 +156,6 @@ class Case:
     def single(self) -> Group:
         """Measure every form image by image, and check that those that must agree do."""
         sessions = {name: session(bundle) for name, bundle in self.forms.items()}
-        buckets = sessions[BUCKETS].run(self.images[:1])  # opens what it needs
-        assert buckets.bucket is not None
         where = np.array([int(sessions[BUCKETS].run(image[None]).bucket[0]) for image in self.images])
         adaptive = self.forms[BUCKETS].manifest.adaptive
         assert adaptive is not None
@@ -261,8 +261,6 @@ class Case:
 
     def _overhead(self, routed: Session) -> Any:
         """Return the share of a run that is neither stem nor rest, the median over runs."""
-        from time import perf_counter
-
         shares = []
         for _ in range(5):
             for image in self.images:
@@ -276,8 +274,6 @@ class Case:
         return {"buckets": "auto:4", "calibration": f"imagefolder:{self.calibration}"}
 
     def _export(self, name: str, **fields: Any) -> Bundle:
-        from dataclasses import replace
-
         say(f"exporting {self.method}, {name}")
         request = replace(self.request, random_weights=False, checkpoint=str(self.checkpoint), **fields)
         return export_model(request, self.folder / name)
@@ -349,8 +345,6 @@ def measure_memory(model: str, directory: Path) -> dict[str, Any]:
 
 def measure_switches(model: str, directory: Path) -> dict[str, Any]:
     """Return what switching the density takes, milliseconds."""
-    from time import perf_counter
-
     request = ExportRequest(model=model, method="evit", densities=DENSITIES, random_weights=True, verify=False)
     opened = session(export_model(request, directory / "switch"))
     times = []

@@ -16,6 +16,7 @@ from edgeprune.errors import InputError
 from edgeprune.export.buckets import (
     MARGINS,
     Asked,
+    Bucket,
     Buckets,
     FlatCurve,
     choose_buckets,
@@ -42,7 +43,6 @@ ROUNDS = 12
 FIT_IMAGES = 64  # with filled slots every bucket is tried out, on so many images in all
 FILL_MARGIN = 1.1
 Report = Callable[[str, float], None]
-Bucket = tuple[int, ...]
 K = TypeVar("K")
 STEM: Bucket = ()
 DENSE: Bucket = (0,)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgeprune.export.buckets import given_buckets, parse_buckets
+from edgeprune.export.buckets import Bucket, given_buckets, parse_buckets
 from edgeprune.export.calibrate import Rests, calibrate
 from edgeprune.export.pipeline import lower, run_plan_passes
 from edgeprune.export.plan import Counts, Plan, build_plan
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from edgeprune.pruning.model import PrunedViT
 
 THREADS = 1  # of the runs that measure a curve
-Bucket = tuple[int, ...]
 Report = Callable[[str, float], None]
 
 

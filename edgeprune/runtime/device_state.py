@@ -90,11 +90,6 @@ class DeviceReader:
         return {path: count for path in self._counters if (count := _integer(path)) is not None}
 
 
-def read_device_state(root: Path = Path("/sys")) -> DeviceState:
-    """Return the state of the device now; throttle counters need two readings of a `DeviceReader`."""
-    return DeviceReader(root).read()
-
-
 def _limit(zone: Path) -> float | None:
     """Return a zone's lowest plausible limit in degrees Celsius."""
     kinds = [path for path in zone.glob("trip_point_*_type") if _read(path) in _LIMITS]

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.runtime.device_state import DeviceReader, DeviceState, read_device_state
+from edgeprune.runtime.device_state import DeviceReader, DeviceState
 
 NOTHING = DeviceState(None, None, None)
+
+
+def read(root: Path) -> DeviceState:
+    return DeviceReader(root).read()
 
 
 def write(path: Path, text: object) -> None:
@@ -50,35 +54,35 @@ def orin(tmp_path: Path) -> Path:
 
 
 def test_jetson_tells_temperature_and_limit(orin: Path) -> None:
-    assert read_device_state(orin) == DeviceState(61.25, False, 99.0)
+    assert read(orin) == DeviceState(61.25, False, 99.0)
 
 
 @pytest.mark.parametrize("device", ["cooling_device1", "cooling_device2"])
 def test_jetson_throttles_when_a_processor_is_slowed_down(orin: Path, device: str) -> None:
     write(orin / "class/thermal" / device / "cur_state", 3)
-    assert read_device_state(orin).throttled is True
+    assert read(orin).throttled is True
 
 
 @pytest.mark.parametrize("kind", ["gpu-fan", "pwm-fan", "wifi-throttle"])
 def test_other_cooling_devices_are_no_throttling(orin: Path, kind: str) -> None:
     add_cooling(orin, 9, kind, 5)
-    assert read_device_state(orin).throttled is False
+    assert read(orin).throttled is False
 
 
 def test_the_zone_nearest_to_its_limit_counts_not_the_hottest(orin: Path) -> None:
     add_zone(orin, 9, "board", 56000, ("passive", 60000))
-    assert read_device_state(orin) == DeviceState(56.0, False, 60.0)
+    assert read(orin) == DeviceState(56.0, False, 60.0)
 
 
 def test_a_sensor_known_to_be_constant_does_not_count(orin: Path) -> None:
     add_zone(orin, 9, "PMIC-Die", 100000, ("passive", 100000))
-    assert read_device_state(orin).temperature_c == 61.25
+    assert read(orin).temperature_c == 61.25
 
 
 def test_without_limits_the_hottest_zone_counts(tmp_path: Path) -> None:
     for number, temp in enumerate((40000, 71000, 30000)):
         add_zone(tmp_path, number, "thermal", temp, ("critical", 90000))
-    assert read_device_state(tmp_path) == DeviceState(71.0, None, None)
+    assert read(tmp_path) == DeviceState(71.0, None, None)
 
 
 @pytest.fixture
@@ -94,7 +98,7 @@ def x86(tmp_path: Path) -> Path:
 
 
 def test_x86_has_no_limit_when_its_trip_points_are_not_set(x86: Path) -> None:
-    assert read_device_state(x86) == DeviceState(66.0, False, None)
+    assert read(x86) == DeviceState(66.0, False, None)
 
 
 def test_x86_throttled_when_a_counter_grew_since_the_reading_before(x86: Path) -> None:
@@ -110,17 +114,17 @@ def test_x86_throttled_when_a_counter_grew_since_the_reading_before(x86: Path) -
 def test_counters_are_enough_to_tell_throttling(x86: Path) -> None:
     for state in (x86 / "class/thermal").glob("cooling_device*/cur_state"):
         state.unlink()
-    assert read_device_state(x86).throttled is False
+    assert read(x86).throttled is False
 
 
 def test_processor_throttle_of_x86(x86: Path) -> None:
     write(x86 / "class/thermal/cooling_device0/cur_state", 1)
-    assert read_device_state(x86).throttled is True
+    assert read(x86).throttled is True
 
 
 @pytest.mark.parametrize("root", [".", "missing"])
 def test_a_machine_that_tells_nothing(tmp_path: Path, root: str) -> None:
-    assert read_device_state(tmp_path / root) == NOTHING
+    assert read(tmp_path / root) == NOTHING
 
 
 def test_garbage_is_nothing(tmp_path: Path) -> None:
@@ -130,7 +134,7 @@ def test_garbage_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "class/thermal/thermal_zone8").write_bytes(b"\xff\xfe")
     add_zone(tmp_path, 9, "zone", "").joinpath("temp").write_bytes(b"\xff\x00\x80")
     add_cooling(tmp_path, 0, "cpufreq", "fast")
-    assert read_device_state(tmp_path) == NOTHING
+    assert read(tmp_path) == NOTHING
 
 
 def test_a_reading_is_kept_for_the_interval(orin: Path) -> None:
@@ -148,5 +152,5 @@ def test_a_reading_is_kept_for_the_interval(orin: Path) -> None:
 
 
 def test_this_machine_can_be_read() -> None:
-    state = read_device_state()
+    state = DeviceReader().read()
     assert state.temperature_c is None or -40 <= state.temperature_c <= 150
