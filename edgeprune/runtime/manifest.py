@@ -124,11 +124,14 @@ class AdaptiveInfo(_Model):
             other; "buckets": a stem, and a rest for each of a few sizes.
         fill: what slots past an image's count hold: tokens that are masked, which is exact, or the next best ones.
         buckets: nested, the last holds all.
+        told: a graph that takes `slots` and could run every bucket, beside those of the buckets: an engine of it has a
+            profile for each. None where there is no such choice.
     """
 
     form: Literal["slots", "computed", "ragged", "buckets"]
     fill: Literal["mask", "next-best"] = "mask"
     buckets: list[BucketInfo] = []
+    told: str | None = None
     calibration: CalibrationInfo | None = None
 
 
@@ -154,11 +157,18 @@ class TensorInfo(_Model):
 
 
 class GraphInfo(_Model):
-    """One ONNX graph of the bundle."""
+    """One ONNX graph of the bundle.
+
+    Attributes:
+        variant_of: the graph that computes the same in another form; which of the two runs is chosen on the device.
+        plugin: it holds nodes of the `edgeprune` plugin without bodies.
+    """
 
     file: str
     inputs: Annotated[list[TensorInfo], Field(min_length=1)]
     outputs: Annotated[list[TensorInfo], Field(min_length=1)]
+    variant_of: str | None = None
+    plugin: bool = False
 
 
 class PreprocessInfo(_Model):
@@ -219,6 +229,8 @@ class Manifest(_Model):
 
     A bucketed bundle has `stem` and one or more `rest` graphs in place of `model`. `densities` are the keep rates
     a session can switch between, in the order they were asked for; `method` and `macs` describe the first that prunes.
+    `tensorrt` tells for each version of TensorRT why it does not take the graphs; nothing where it does, None for a
+    bundle that is not for TensorRT.
     """
 
     schema_version: Literal[1] = 1
@@ -233,7 +245,7 @@ class Manifest(_Model):
     opset: int
     batch: tuple[int, int]
     lowering: Literal["emitted", "traced"]
-    selection: Literal["native", "plugin", "none"]
+    selection: Literal["native", "plugin", "auto", "none"]
     dead_rows: bool
     macs: Macs | None = None
     graphs: dict[str, GraphInfo]
@@ -241,6 +253,7 @@ class Manifest(_Model):
     densities: list[DensityInfo] = []
     preprocessing: PreprocessInfo
     labels: list[str] | None = None
+    tensorrt: dict[str, list[str]] | None = None
     parity: ParityInfo | None = None
     warnings: list[str] = []
     files: dict[str, FileInfo]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,11 +76,12 @@ class OrtBackend:
         self.inputs = _describe(self._session.get_inputs())
         self.outputs = _describe(self._session.get_outputs())
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], keep: Collection[str] = ()) -> dict[str, np.ndarray]:
         """Return every output by name; several threads may call it at once.
 
         Args:
             feeds: every input by name, as the graph says.
+            keep: makes no difference here.
 
         Raises:
             InputError: `graph-invalid` when the graph fails while it runs.
@@ -90,6 +91,10 @@ class OrtBackend:
         except Exception as error:
             raise self._refusal("cannot run", error) from error
         return {info.name: value for info, value in zip(self.outputs, values, strict=True)}
+
+    def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Return some parts as one array."""
+        return np.concatenate(parts)
 
     def _refusal(self, what: str, error: Exception) -> InputError:
         return InputError(

@@ -6,10 +6,10 @@ All return the same outputs by name. Of an adaptive method, `kept_indices_<s>` a
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,13 +22,26 @@ NO_PATCH = -1
 
 
 class Backend(Protocol):
-    """What runs one graph; several threads may call `run` at once."""
+    """What runs one graph; several threads may call `run` at once.
+
+    What the stem hands to the rest is sliced and joined along the first axis and never looked at, so a backend may keep
+    it where it is: in place of an array then stands a handle with `__getitem__` for slices.
+    """
 
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
-        """Return every output by name."""
+    def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> Arrays:
+        """Return every output by name.
+
+        Args:
+            feeds: every input by name: arrays, and handles of the same kind of backend.
+            keep: outputs that are only handed on; as handles they hold until the same backend runs again.
+        """
+        ...
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """Return some parts, in order, as one feed of this backend."""
         ...
 
 
@@ -123,6 +136,7 @@ class Router:
         self.slots = self.buckets[-1]
         self._firsts = [bucket[0] for bucket in self.buckets]
         self._takes = [[info.name for info in rest.inputs if info.name != SLOTS] for rest in rests]
+        self._handed = {name for takes in self._takes for name in takes} - {COUNT}
         told = [any(info.name == SLOTS for info in rest.inputs) for rest in rests]
         self._told = [
             {SLOTS: np.array(b, np.int64)} if tells else {} for b, tells in zip(self.buckets, told, strict=True)
@@ -158,7 +172,7 @@ class Router:
         start = perf_counter()
         rows: list[Arrays] = []
         for chunk, count in _chunks(images, self._stem_batch):
-            out = self.stem.run({IMAGES: chunk})
+            out = self.stem.run({IMAGES: chunk}, keep=self._handed)
             if len(chunk) == 1:
                 rows.append(out)
             else:
@@ -177,7 +191,7 @@ class Router:
             padded = group + [group[-1]] * (size - len(group) if fixed else 0)
             first = handed[group[0]]
             feeds = {
-                name: first[name] if len(padded) == 1 else np.concatenate([handed[i][name] for i in padded])
+                name: first[name] if len(padded) == 1 else self.rests[bucket].join([handed[i][name] for i in padded])
                 for name in self._takes[bucket]
             }
             start = perf_counter()

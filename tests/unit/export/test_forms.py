@@ -161,8 +161,11 @@ class Opened:
         self.inputs = [info.name for info in self._session.get_inputs()]
         self._names = [info.name for info in self._session.get_outputs()]
 
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: dict[str, np.ndarray], keep: object = ()) -> dict[str, np.ndarray]:
         return dict(zip(self._names, self._session.run(None, feeds), strict=True))
+
+    def join(self, parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts)
 
 
 @dataclass

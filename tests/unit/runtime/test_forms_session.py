@@ -295,7 +295,7 @@ class Counted(OrtBackend):
         self.name = model_path.stem
         self.loaded.append(self.name)
 
-    def run(self, feeds: Any) -> dict[str, np.ndarray]:
+    def run(self, feeds: Any, keep: Any = ()) -> dict[str, np.ndarray]:
         self.ran.append(self.name)
         return super().run(feeds)
 

@@ -46,6 +46,9 @@ class Fake:
         self.inputs: list[TensorInfo] = []
         self.outputs: list[TensorInfo] = []
 
+    def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts)
+
     def note(self, feeds: Mapping[str, np.ndarray]) -> None:
         assert set(feeds) == {info.name for info in self.inputs}
         sizes = {len(value) for name, value in feeds.items() if name != "slots"}
@@ -59,7 +62,7 @@ class Stem(Fake):
         super().__init__(batch)
         self.inputs = [tensor("images", batch, 1, 1, 2)]
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], keep: object = ()) -> dict[str, np.ndarray]:
         self.note(feeds)
         rows = feeds["images"][:, 0, 0]
         counts = np.minimum(rows[:, 1], PATCHES).astype(np.int32)
@@ -81,7 +84,7 @@ class Rest(Fake):
         if capacities is None:
             self.inputs.append(TensorInfo(name="slots", dtype="int64", shape=[2]))
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], keep: object = ()) -> dict[str, np.ndarray]:
         self.note(feeds)
         capacities = self.capacities
         if capacities is None:
@@ -331,7 +334,7 @@ class Single(Fake):
         self.slots = slots
         self.inputs = [tensor("images", batch, 1, 1, 3)]
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], keep: object = ()) -> dict[str, np.ndarray]:
         self.note(feeds)
         ((name, *want),) = feeds["images"][:, 0, 0].astype(int).tolist()
         counts = effective(want, self.slots)
@@ -385,7 +388,7 @@ def test_stack_keeps_the_order_and_pads_what_is_kept(data: st.DataObject) -> Non
 
 def test_whole_tells_the_slots_only_where_they_are_given() -> None:
     class Echo(Fake):
-        def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def run(self, feeds: Mapping[str, np.ndarray], keep: object = ()) -> dict[str, np.ndarray]:
             return dict(feeds)
 
     images = make_images([[1, 1]])
