@@ -89,7 +89,7 @@ def build_engines(
         BuildError: `parse`, `engine-build`, `worker-crashed`, `worker-failed`.
     """
     roles = plan_build(bundle, options)
-    machine = find_machine()
+    machine = _find_machine(bundle)
     check_version(bundle.manifest, machine.tensorrt)
     machine, roles, notes = with_plugin(machine, roles)
     _warn(notes)
@@ -261,6 +261,17 @@ class _Build:
     def _shapes_of(self, info: EngineInfo) -> list[dict[str, tuple[int, ...]]]:
         inputs = self.bundle.manifest.graphs[info.source].inputs
         return [open_shapes(inputs, profile.batch) for profile in info.profiles]
+
+
+def _find_machine(bundle: Bundle) -> Machine:
+    """Return this machine; where it has no GPU the hint is to build on one that has."""
+    try:
+        return find_machine()
+    except EnvironmentLackError as error:
+        if error.code == "gpu-missing":
+            elsewhere = f"copy the bundle to the device that will run it, and there: edgeprune build {bundle.path}"
+            error.hint = f"{elsewhere}; if this is that device: {error.hint}"
+        raise
 
 
 def job_profile(profile: Profile) -> JobProfile:

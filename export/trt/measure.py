@@ -26,3 +26,10 @@ class Stopwatch(Protocol):
             before: the engine that makes their inputs, for rests.
         """
         ...
+
+
+def time_profiles(
+    bundle: Bundle, folder: Path, index: EngineIndex, before: EngineInfo | None
+) -> dict[tuple[str, int], float]:
+    """Time engines through the backend that runs them; those of the same batch take turns. See `Stopwatch`."""
+    raise NotImplementedError

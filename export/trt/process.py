@@ -151,7 +151,7 @@ def _explain_death(code: int, job: Job, what: str, said: list[str]) -> Edgeprune
             f"the process building {what} crashed ({_signal_words(-code)})",
             code="worker-crashed",
             expected="TensorRT, CUDA's driver and the plugin library to fit together",
-            hint="run `edgeprune doctor` and `edgeprune plugins check`; try --selection native or --tactic-sources builtin",
+            hint="run `edgeprune doctor` and `edgeprune plugins check`; try --selection native",
         )
     else:
         error = BuildError(

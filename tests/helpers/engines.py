@@ -114,7 +114,7 @@ def with_plugin_node(model: onnx.ModelProto) -> onnx.ModelProto:
             "GatherTokens",
             ["as_tokens", "first"],
             ["gathered"],
-            name="gather",
+            name="select.gather_tokens",
             domain="edgeprune",
             num_prefix_tokens=0,
             plugin_namespace="edgeprune",
