@@ -72,7 +72,7 @@ def build_engines(
     options: BuildOptions,
     report: Report = lambda step, share: None,
     *,
-    stopwatch: Stopwatch = time_profiles,
+    stopwatch: Stopwatch | None = None,
 ) -> EngineIndex:
     """Build the engines of a bundle into `engines/<device>-trt<version>/` inside it, replacing earlier ones at the end.
 
@@ -80,7 +80,7 @@ def build_engines(
         bundle: for a target of TensorRT.
         options: what to build.
         report: called with (step, share done) at least once a second.
-        stopwatch: times engines on the device.
+        stopwatch: times engines; by default `time_profiles`, on the device.
 
     Raises:
         InputError: `target`, `output-not-writable`; those of `plan_roles`.
@@ -96,7 +96,7 @@ def build_engines(
     place = bundle.path / ENGINES_FOLDER / folder_name(machine.device, machine.tensorrt)
     with EngineFolder(place) as folder:
         build = _Build(bundle, options, machine, folder.path, report)
-        index = build.run(roles, stopwatch)
+        index = build.run(roles, stopwatch or time_profiles)
         folder.finish()
     report("done", 1.0)
     return index

@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,6 @@ from edgeprune.export.trt.job import Built, Job
 from edgeprune.export.trt.proof import prove
 from edgeprune.plugins.loader import import_tensorrt, load_plugins
 from edgeprune.runtime.cuda import find_device
-from edgeprune.runtime.engines import ProofInfo
 from edgeprune.runtime.router import SLOTS
 
 PRECISION_FLAGS = {"fp16": "FP16", "bf16": "BF16"}  # of BuilderFlag, where networks cannot be strongly typed
@@ -47,43 +47,67 @@ def build(job: Job, log: TextIO, report: Report) -> Built:
         EnvironmentLackError: `gpu-missing`, `tensorrt-missing`, `tensorrt-version`, the plugin's.
         BuildError: `parse` with the node, `engine-build` with TensorRT's reasons.
     """
-    find_device(job.device)  # before TensorRT is touched: 8.6.0 crashes without one
+    find_device()  # before TensorRT is touched: 8.6.0 crashes without one
     trt = import_tensorrt()
     logger = make_logger(trt, log)
     if job.plugin:
         load_plugins(trt, logger)
+    made = make_plan(trt, logger, job, report)
+    content = memoryview(made.plan)
+    Path(job.engine).write_bytes(content)
+    scratch_bytes, answer = inspect(trt, logger, content, job)
+    Path(job.layers).write_text(answer, encoding="utf-8")
+    return Built(
+        sha256=hashlib.sha256(content).hexdigest(),
+        bytes=content.nbytes,
+        scratch_bytes=scratch_bytes,
+        build_s=made.build_s,
+        proof=prove(answer, precision=job.precision, blocks=made.blocks, plugin=job.plugin),
+        warnings=made.warnings,
+    )
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan in memory; network, weights and parser are gone.
+
+    Attributes:
+        blocks: attentions of the network.
+        build_s: seconds the build took.
+    """
+
+    plan: Any
+    blocks: int
+    build_s: float
+    warnings: list[str]
+
+
+def make_plan(trt: Any, logger: Any, job: Job, report: Report) -> Made:
+    """Parse, configure and build.
+
+    Raises:
+        EnvironmentLackError: `tensorrt-version`.
+        BuildError: `parse`, `engine-build`.
+    """
     builder = _made(lambda: trt.Builder(logger), logger, job, "it made no builder")
     network = builder.create_network(creation_flags(trt))
-    parser = parse(trt, network, logger, job)  # holds weights the network points to
+    parser = parse(trt, network, logger, job)
     config = builder.create_builder_config()
     warnings = configure(trt, config, job)
-    warnings += constrain_types(trt, network, config, job.precision)
+    warnings += constrain_types(trt, network, job.precision)
     add_profiles(builder, config, job)
     path = None if job.timing_cache is None else Path(job.timing_cache)
     warnings += timing_cache.attach(config, path)
     monitor = make_monitor(trt, report)
     if monitor is not None and hasattr(config, "progress_monitor"):
         config.progress_monitor = monitor
-    blocks = attention_blocks(layer.name for layer in layers_of(network))
     start = time.perf_counter()
     plan = _made(lambda: builder.build_serialized_network(network, config), logger, job, "it made no engine")
     build_s = time.perf_counter() - start
-    del parser
+    del parser  # until here: it holds the weights
     if path is not None:
         warnings += timing_cache.save(config, path)
-    content = memoryview(plan)
-    Path(job.engine).write_bytes(content)
-    scratch_bytes, answer = inspect(trt, logger, content, job)
-    Path(job.layers).write_text(answer, encoding="utf-8")
-    proof: ProofInfo = prove(answer, precision=job.precision, blocks=blocks, plugin=job.plugin)
-    return Built(
-        sha256=hashlib.sha256(content).hexdigest(),
-        bytes=content.nbytes,
-        scratch_bytes=scratch_bytes,
-        build_s=build_s,
-        proof=proof,
-        warnings=warnings,
-    )
+    return Made(plan, attention_blocks(layer.name for layer in layers_of(network)), build_s, warnings)
 
 
 def make_logger(trt: Any, log: TextIO) -> Any:
@@ -254,7 +278,7 @@ def configure(trt: Any, config: Any, job: Job) -> list[str]:
     return warnings
 
 
-def constrain_types(trt: Any, network: Any, config: Any, precision: str) -> list[str]:
+def constrain_types(trt: Any, network: Any, precision: str) -> list[str]:
     """Where types do not bind by themselves, ask every layer to keep those of the graph; return warnings."""
     if precision not in PRECISION_FLAGS or is_strongly_typed(trt):
         return []

@@ -30,7 +30,6 @@ class Job(_Message):
         graph: the ONNX file, its weights beside it.
         engine, layers: files to write: the plan, and what the engine inspector says.
         log: file for all that TensorRT says.
-        device: CUDA's number.
         plugin: the graph has nodes of the plugin.
         timing_cache: file to read and to add to, None for neither.
     """
@@ -46,7 +45,6 @@ class Job(_Message):
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
     plugin: bool = False
     timing_cache: str | None = None
-    device: Count = 0
 
 
 class Built(_Message):

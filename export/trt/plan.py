@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from edgeprune.runtime.router import SLOTS
 BASELINES = ("dense", "random")
 WHOLE, PROFILES, PER_BUCKET = "whole", "profiles", "per-bucket"
 NATIVE, PLUGIN = "native", "plugin"
+_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # engines are named after their graphs
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,13 @@ class _Planner:
         for name, info in manifest.graphs.items():
             form = PLUGIN if info.plugin else NATIVE
             self.variants.setdefault(info.variant_of or name, {})[form] = name
+            if not _NAME.fullmatch(name):
+                raise InputError(
+                    f"graph {name!r} has a name that is no file's",
+                    code="bundle-invalid",
+                    expected="letters, digits, '_', '-' and '.'",
+                    hint="export the bundle again",
+                )
         self._check_selection()
         low, high = manifest.batch
         if wrong := [b for b in options.batches if not low <= b <= high]:

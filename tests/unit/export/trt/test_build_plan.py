@@ -179,3 +179,9 @@ def test_unknown_shares_are_equal() -> None:
     buckets = [bucket.model_copy(update={"share": None}) for bucket in manifest.adaptive.buckets]
     adaptive = manifest.adaptive.model_copy(update={"buckets": buckets})
     assert set(bucket_shares(manifest.model_copy(update={"adaptive": adaptive})).values()) == {1 / 3}
+
+
+@pytest.mark.parametrize("name", ["../model", "a/b", ".hidden", ""])
+def test_name_that_would_leave_the_folder_is_refused(name: str) -> None:
+    graphs = {"model": described("model", 1), name: described("other", 1)}
+    assert repr(name) in refused("bundle-invalid", engine_manifest(graphs)).message
