@@ -47,6 +47,7 @@ class ProofInfo(_Model):
         precisions: layers by the type of their first output.
         attention_blocks: attentions of the graph.
         fused_attention: how many of them run as one fused kernel.
+        hidden_attention: how many lie in layers that the inspector does not open.
         selection: names of the layers that choose tokens.
         reformats: layers that change a layout or type beside those.
         findings: what is not as it should be, in words.
@@ -56,6 +57,7 @@ class ProofInfo(_Model):
     precisions: dict[str, Count]
     attention_blocks: Count
     fused_attention: Count
+    hidden_attention: Count = 0
     selection: list[str] = []
     reformats: Count = 0
     findings: list[str] = []

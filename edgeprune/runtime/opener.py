@@ -9,8 +9,11 @@ from edgeprune.errors import EnvironmentLackError, InputError
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.manifest import AdaptiveInfo, StageInfo, TensorInfo
 from edgeprune.runtime.ort import OrtBackend
+from edgeprune.runtime.ort_cuda import OrtCudaBackend
 from edgeprune.runtime.router import IMAGES, SLOTS, Backend, OneByOne, Router, Runner, Whole
 
+_ORT_CUDA = "ort-cuda-fp16"
+_FOLLOWING = ("computed", "ragged")  # forms whose shapes follow the image
 _ORT_PROVIDERS = {"onnx": ("CPUExecutionProvider",), "ort-cpu": ("CPUExecutionProvider",)}
 _ANY_BATCH = ("computed", "buckets")  # forms whose runner takes the bundle's batch apart
 _BASELINES = ("dense", "random")
@@ -64,14 +67,19 @@ class Opener:
         """Return a graph ready to run, opened once."""
         if graph not in self._open:
             path, target = self.bundle.graph_path(graph), self.bundle.manifest.target
-            if target not in _ORT_PROVIDERS:
+            if target == _ORT_CUDA:
+                adaptive = self.bundle.manifest.adaptive
+                follows = adaptive is not None and adaptive.form in _FOLLOWING and graph not in _BASELINES
+                opened: OrtBackend = OrtCudaBackend(path, graphs=not follows)
+            elif target in _ORT_PROVIDERS:
+                opened = OrtBackend(path, providers=_ORT_PROVIDERS[target], prepack=prepack, **self.options)
+            else:
                 raise EnvironmentLackError(
                     f"this version of edgeprune cannot run the target '{target}'",
                     code="target-not-runnable",
-                    expected=f"one of {', '.join(_ORT_PROVIDERS)}",
+                    expected=f"one of {', '.join([*_ORT_PROVIDERS, _ORT_CUDA])}",
                     hint="export for one of these targets, or upgrade edgeprune",
                 )
-            opened = OrtBackend(path, providers=_ORT_PROVIDERS[target], prepack=prepack, **self.options)
             self._check(graph, path, opened)
             self._open[graph] = opened
         return self._open[graph]

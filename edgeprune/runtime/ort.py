@@ -40,7 +40,7 @@ class OrtBackend:
         model_path: the .onnx file; its weights lie beside it.
         threads: threads inside an operator; 0 lets ONNX Runtime take every core.
         spinning: idle threads wait in a busy loop: lower latency, at the cost of everything else that runs.
-        providers: execution providers, first choice first.
+        providers: execution providers, first choice first; with their options as pairs.
         prepack: rearrange the weights for the processor, which costs another copy of them. Without, graphs that share
             a weight file share its memory too, and run some 10 % slower.
 
@@ -55,7 +55,7 @@ class OrtBackend:
         *,
         threads: int = 0,
         spinning: bool = True,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str | tuple[str, Mapping[str, str]]] = ("CPUExecutionProvider",),
         prepack: bool = True,
     ) -> None:
         ort = import_onnxruntime()

@@ -1,0 +1,1 @@
+"""Building TensorRT engines of a bundle's graphs, and proving what they became."""
