@@ -1,7 +1,7 @@
 """What a lower precision changes: typed graphs against the same graphs in float32, before any GPU.
 
-Typed graphs are emulated on the processor: float32 arithmetic, every float16 or bfloat16 tensor rounded to its type, see
-`edgeprune.export.emulate`. Kept sets and best classes are compared as they are; nothing is set aside as a tie.
+Typed graphs are emulated on the processor, see `edgeprune.export.emulate`: float32 arithmetic, every float16 or
+bfloat16 tensor rounded to its type. Kept sets and best classes are compared as they are; nothing is set aside as a tie.
 
 - digits: the shipped checkpoints on the 2,000 held-out images of their task.
 - photographs: DeiT-S with random weights whose attention is sharpened, on random crops of the two photographs that
