@@ -35,9 +35,7 @@ def _reasons(node: onnx.NodeProto) -> list[str]:
     given = {a.name for a in node.attribute} - set(PLUGIN_FIELDS)
     wanted = set(schema.attributes) - set(PLUGIN_FIELDS)
     reasons += [f"{name} lacks the attribute {missing}" for missing in sorted(wanted - given)]
-    reasons += [
-        f"{name} does not get the attribute {extra}: no field of its creator" for extra in sorted(given - wanted)
-    ]
+    reasons += [f"the creator of {name} has no field {extra}" for extra in sorted(given - wanted)]
     outputs = len([output for output in node.output if output])
     if outputs != len(schema.outputs):
         reasons.append(f"{name} declares {outputs} of its {len(schema.outputs)} outputs")
