@@ -44,7 +44,7 @@ class LintContext:
         """Types, shapes and connections of the graph."""
         return Facts(self.model)
 
-    @property
+    @cached_property
     def family(self) -> Family:
         """What is known of the version of TensorRT."""
         return family_of(self.tensorrt)

@@ -24,7 +24,7 @@ def same_types(context: LintContext) -> list[Finding]:
 
 def _alike(node: onnx.NodeProto, opset: int, types: dict[str, str]) -> list[set[str]]:
     """Return the known types of the inputs that must be of one."""
-    if not onnx.defs.has(node.op_type):
+    if not onnx.defs.has(node.op_type, opset, ""):
         return []
     formal = list(onnx.defs.get_schema(node.op_type, opset, "").inputs)
     if formal and formal[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic:

@@ -22,7 +22,7 @@ from edgeprune.export.lint.dynamic_dims import dynamic_dims
 from edgeprune.export.lint.float32_scores import float32_scores
 from edgeprune.export.lint.gather_elements import gather_elements
 from edgeprune.export.lint.int32_limits import int32_limits
-from edgeprune.export.lint.int64_outputs import int64_outputs
+from edgeprune.export.lint.int64_io import int64_io
 from edgeprune.export.lint.known_operators import known_operators
 from edgeprune.export.lint.known_types import known_types
 from edgeprune.export.lint.layer_norm_form import layer_norm_form
@@ -50,6 +50,7 @@ from edgeprune.export.targets.registry import TARGETS
 from edgeprune.export.targets.tensorrt_versions import FAMILIES
 from edgeprune.export.writer import WeightStore
 from edgeprune.plugins.contract import CREATORS
+from edgeprune.pruning.model import PrunedViT
 from tests.helpers import adaptive
 from tests.helpers.lowering import lowered, random_model, small, stages_of
 
@@ -324,10 +325,16 @@ def test_dimension_beyond_32_bits_is_refused() -> None:
         assert bool(found(int32_limits, context)) is refused
 
 
-def test_int64_output_is_refused_where_it_would_be_int32() -> None:
-    context = graph(node("Shape", "x", "culprit"), outputs={"culprit": (I64, [2])})
-    assert versions_that_refuse(int64_outputs, context) == before("10.0")
-    assert found(int64_outputs, graph(node("Relu", "x", "culprit"), outputs={"culprit": (F32, [2, 8])})) == []
+def test_int64_inputs_and_outputs_are_refused() -> None:
+    (reason,) = found(int64_io, graph(node("Shape", "x", "culprit"), outputs={"culprit": (I64, [2])}))
+    assert "int32 before TensorRT 10.0" in reason
+    taken: Tensors = {"culprit": (I64, [2])}
+    assert len(found(int64_io, graph(node("Cast", "culprit", to=F32), inputs=taken))) == 1
+    assert found(int64_io, graph(node("Relu", "x"))) == []
+
+
+def test_token_counts_may_be_int64() -> None:
+    assert found(int64_io, graph(node("Cast", "slots", to=F32), inputs={"slots": (I64, [2])})) == []
 
 
 # ------------------------------------------------------------------------------------------------ plugins
@@ -537,30 +544,37 @@ def test_loop_is_refused_before_it_is_a_layer() -> None:
 # ------------------------------------------------------------------------------------------------ together
 
 
+def rules_that_fire(context: LintContext, least: str = "8.6") -> set[str]:
+    return {f.rule for rule in tensorrt_rules(least) for f in rule(context)} - {"tokens-shrink"}
+
+
 def test_rules_judge_for_the_version_asked_for() -> None:
-    context = graph(node("Gelu", "x"), opset=20)
-
-    def rules_that_fire(least: str) -> set[str]:
-        return {f.rule for rule in tensorrt_rules(least) for f in rule(context)}
-
-    assert rules_that_fire("8.6") == {"operator-unknown", "opset"}
-    assert rules_that_fire("10.0") == set()
+    context = graph(node("Gelu", "x"))
+    assert rules_that_fire(context) == {"operator-unknown"}
+    assert rules_that_fire(context, "10.3") == set()
     assert len(tensorrt_rules()) == len(PARSER_RULES) + len(ENGINE_RULES) + len(FORM_RULES)
     with pytest.raises(BuildError) as caught:
         run_lint(context, tensorrt_rules(), "trt-fp16")
     assert caught.value.code == "lint"
 
 
+def test_opset_and_types_asked_for_raise_the_version() -> None:
+    assert rules_that_fire(graph(node("Gelu", "x"), opset=20)) == set()
+    brain: Tensors = {"x": (BF16, [2, 8])}
+    assert rules_that_fire(graph(node("Relu", "x"), inputs=brain, outputs={"y": (BF16, [2, 8])})) == set()
+    assert rules_that_fire(graph(node("IsInf", "x"), opset=17), "8.5") == {"operator-unknown"}
+
+
+def test_opset_and_types_no_version_knows_are_refused() -> None:
+    assert rules_that_fire(graph(node("Relu", "x"), opset=99)) == {"opset"}
+    strings: Tensors = {"x": (TensorProto.STRING, [2])}
+    assert "type-unknown" in rules_that_fire(graph(node("Identity", "x"), inputs=strings))
+
+
 def test_what_costs_only_speed_is_asked_of_emitted_graphs_alone() -> None:
-    looped = node("CumSum", "x axis")
-    axis = {"axis": np.array(1)}
-
-    def rules_that_fire(plan: Plan | None) -> set[str]:
-        context = graph(looped, constants=axis, plan=plan)
-        return {f.rule for rule in tensorrt_rules() for f in rule(context)} - {"tokens-shrink"}
-
-    assert rules_that_fire(None) == set()
-    assert rules_that_fire(build_plan(small(), ())) == {"loop"}
+    for plan, refused in ((None, set()), (build_plan(small(), ()), {"loop"})):
+        context = graph(node("CumSum", "x axis"), constants={"axis": np.array(1)}, plan=plan)
+        assert rules_that_fire(context) == refused
 
 
 def test_why_not_names_each_reason_once() -> None:
@@ -582,47 +596,82 @@ def test_why_not_of_a_bundle_is_that_of_all_its_graphs() -> None:
 # ------------------------------------------------------------------------------------------------ emitted graphs
 
 METHODS = ["dense", "dynamicvit", "evit", "random", *adaptive.METHODS]
-NOT_OF_TENSORRT = {"loop"}  # the portable dialect has CumSum
+TYPED = ["trt-fp32", "trt-fp16", "trt-bf16"]
 
 
-def model_of(name: str) -> Any:
+def model_of(name: str) -> PrunedViT:
     if name in adaptive.METHODS:
         return adaptive.model_of(name)
     config = small()
     return random_model(config, stages_of(config, name, 0.5, "1,2") if name != "dense" else ())
 
 
-def findings(model: onnx.ModelProto, plan: Plan) -> list[Finding]:
+def findings(model: onnx.ModelProto, plan: Plan | None) -> list[Finding]:
     context = LintContext(model, plan, DOMAINS)
-    return [f for rule in tensorrt_rules() for f in rule(context) if f.rule not in NOT_OF_TENSORRT]
+    return [f for rule in tensorrt_rules() for f in rule(context)]
+
+
+def assert_taken(model: onnx.ModelProto, plan: Plan, first: str) -> None:
+    """Check that no rule fires, and that exactly the versions before one do not take the graph."""
+    assert findings(model, plan) == []
+    assert [version for version, reasons in why_not(model, plan).items() if reasons] == before(first)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("batch", [(2, 2), (1, 4)], ids=["fixed", "dynamic"])
 @pytest.mark.parametrize("selection", ["native", "plugin"])
 def test_emitted_graph_breaks_no_rule(tmp_path: Path, name: str, batch: tuple[int, int], selection: str) -> None:
-    graph = lowered(model_of(name), tmp_path, batch=batch, selection=selection)
-    del graph.model.functions[:]  # the file for TensorRT has the nodes alone
-    assert findings(graph.model, graph.plan) == []
-    reasons = why_not(graph.model, graph.plan)
-    assert reasons["8.5"][0] == "LayerNormalization is taken from TensorRT 8.6 on"
-    assert all(reasons[version] == [] for version in ALL[1:])
+    graph = lowered(model_of(name), tmp_path, target="trt-fp16", batch=batch, selection=selection)
+    assert_taken(graph.model, graph.plan, "8.6")
 
 
-@pytest.mark.parametrize("name", ["dynamicvit", "evit", *adaptive.ADAPTIVE])
-def test_told_stem_and_rest_break_no_rule(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("target", "first"), [("trt-fp32", "8.6"), ("trt-bf16", "10.0")])
+def test_emitted_graph_of_another_precision_breaks_no_rule(tmp_path: Path, name: str, target: str, first: str) -> None:
+    graph = lowered(model_of(name), tmp_path, target=target)
+    assert_taken(graph.model, graph.plan, first)
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_newer_opset_is_for_newer_versions(tmp_path: Path, opset: int) -> None:
+    graph = lowered(model_of("evit"), tmp_path, target="trt-fp16", opset=opset)
+    assert_taken(graph.model, graph.plan, "10.0")
+
+
+def split(name: str, folder: Path, target: str, counts: Counts) -> tuple[Plan, list[onnx.ModelProto]]:
     model = model_of(name)
-    plan = build_plan(model.config, model.stages, counts=Counts.GIVEN, split=True)
+    plan = build_plan(model.config, model.stages, counts=counts, split=True)
     for plan_pass in PLAN_PASSES:
         plan = plan_pass(plan)
-    paths = [tmp_path / "stem.onnx", tmp_path / "rest.onnx"]
-    with WeightStore(tmp_path / "model.onnx.data") as store:
-        graphs = lower(plan, weight_arrays(model), TARGETS["onnx"], paths, store, opset=17)
-    for graph in graphs.values():
-        assert {f.rule for f in findings(graph, plan)} <= {"int64-output"}
+    paths = [folder / "stem.onnx", folder / "rest.onnx"]
+    with WeightStore(folder / "model.onnx.data") as store:
+        return plan, list(lower(plan, weight_arrays(model), TARGETS[target], paths, store, opset=17).values())
+
+
+@pytest.mark.parametrize("name", adaptive.ADAPTIVE)
+@pytest.mark.parametrize("target", TYPED)
+@pytest.mark.parametrize("counts", [Counts.SLOTS, Counts.GIVEN], ids=["static", "told"])
+def test_stem_and_rest_break_no_rule(tmp_path: Path, name: str, target: str, counts: Counts) -> None:
+    plan, graphs = split(name, tmp_path, target, counts)
+    for graph in graphs:
+        assert_taken(graph, plan, "10.0" if target == "trt-bf16" else "8.6")
+
+
+@pytest.mark.parametrize("name", ["ats official", "sait mass"])
+def test_portable_graph_loops(tmp_path: Path, name: str) -> None:
+    """The dialect of the other targets has CumSum."""
+    graph = lowered(model_of(name), tmp_path)
+    assert {f.rule for f in findings(graph.model, graph.plan)} == {"loop"}
 
 
 @pytest.mark.parametrize("name", adaptive.ADAPTIVE)
 def test_counts_computed_in_the_graph_are_refused(tmp_path: Path, name: str) -> None:
     graph = lowered(model_of(name), tmp_path, counts=Counts.COMPUTED)
-    assert {f.rule for f in findings(graph.model, graph.plan)} == {"shape-from-data"}
+    assert "shape-from-data" in {f.rule for f in findings(graph.model, graph.plan)}
+
+
+def test_bodies_beside_plugin_nodes_are_refused(tmp_path: Path) -> None:
+    graph = lowered(model_of("dynamicvit"), tmp_path, selection="plugin")
+    assert {f.rule for f in findings(graph.model, graph.plan)} == {"local-function"}
+    del graph.model.functions[:]
+    assert findings(graph.model, graph.plan) == []
