@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgeprune.runtime.router import IMAGES, SLOTS, Backend, OneByOne, Router, R
 _ORT_PROVIDERS = {"onnx": ("CPUExecutionProvider",), "ort-cpu": ("CPUExecutionProvider",)}
 _ANY_BATCH = ("computed", "buckets")  # forms whose runner takes the bundle's batch apart
 _BASELINES = ("dense", "random")
+OpenGraph = Callable[..., Backend]
 
 
 class Opener:
@@ -23,10 +25,17 @@ class Opener:
         bundle: whose graphs are opened.
         options: of the backend, such as `threads`.
         prepack: see `OrtBackend`; None says no where several rests of the same weights are open.
+        open_graph: opens a graph's file in place of what the target runs on, with the options and `prepack`.
     """
 
-    def __init__(self, bundle: Bundle, options: dict[str, Any], prepack: bool | None = None) -> None:
-        self.bundle, self.options, self.prepack = bundle, options, prepack
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: dict[str, Any],
+        prepack: bool | None = None,
+        open_graph: OpenGraph | None = None,
+    ) -> None:
+        self.bundle, self.options, self.prepack, self.open_graph = bundle, options, prepack, open_graph
         self._open: dict[str, Backend] = {}
 
     def runners(self, graph: str) -> dict[float | None, Runner]:
@@ -63,18 +72,22 @@ class Opener:
     def backend(self, graph: str, *, prepack: bool = True) -> Backend:
         """Return a graph ready to run, opened once."""
         if graph not in self._open:
-            path, target = self.bundle.graph_path(graph), self.bundle.manifest.target
-            if target not in _ORT_PROVIDERS:
-                raise EnvironmentLackError(
-                    f"this version of edgeprune cannot run the target '{target}'",
-                    code="target-not-runnable",
-                    expected=f"one of {', '.join(_ORT_PROVIDERS)}",
-                    hint="export for one of these targets, or upgrade edgeprune",
-                )
-            opened = OrtBackend(path, providers=_ORT_PROVIDERS[target], prepack=prepack, **self.options)
+            path = self.bundle.graph_path(graph)
+            opened = (self.open_graph or self._open_here)(path, prepack=prepack, **self.options)
             self._check(graph, path, opened)
             self._open[graph] = opened
         return self._open[graph]
+
+    def _open_here(self, path: Path, *, prepack: bool, **options: Any) -> Backend:
+        target = self.bundle.manifest.target
+        if target not in _ORT_PROVIDERS:
+            raise EnvironmentLackError(
+                f"this version of edgeprune cannot run the target '{target}'",
+                code="target-not-runnable",
+                expected=f"one of {', '.join(_ORT_PROVIDERS)}",
+                hint="export for one of these targets, or upgrade edgeprune",
+            )
+        return OrtBackend(path, providers=_ORT_PROVIDERS[target], prepack=prepack, **options)
 
     def _check(self, graph: str, path: Path, backend: Backend) -> None:
         """Refuse a graph whose interface is not the one the manifest describes."""
