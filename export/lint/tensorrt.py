@@ -16,6 +16,7 @@ from edgeprune.export.lint.facts import Facts
 from edgeprune.export.lint.float32_scores import float32_scores
 from edgeprune.export.lint.foreign_domains import foreign_domains
 from edgeprune.export.lint.gather_elements import gather_elements
+from edgeprune.export.lint.ignored_attributes import ignored_attributes
 from edgeprune.export.lint.int32_limits import int32_limits
 from edgeprune.export.lint.int64_io import int64_io
 from edgeprune.export.lint.known_operators import known_operators
@@ -27,7 +28,6 @@ from edgeprune.export.lint.name_collisions import name_collisions
 from edgeprune.export.lint.opset_ceiling import opset_ceiling
 from edgeprune.export.lint.plugin_fields import plugin_fields
 from edgeprune.export.lint.same_types import same_types
-from edgeprune.export.lint.scatter_reduction import scatter_reduction
 from edgeprune.export.lint.shape_from_data import shape_from_data
 from edgeprune.export.lint.tokens_shrink import tokens_shrink
 from edgeprune.export.lint.topk_form import topk_form
@@ -44,7 +44,7 @@ PARSER_RULES: tuple[Rule, ...] = (
     local_functions,
     topk_form,
     constant_inputs,
-    scatter_reduction,
+    ignored_attributes,
     layer_norm_form,
     attention_op,
     same_types,

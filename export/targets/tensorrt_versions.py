@@ -73,7 +73,7 @@ class Family:
         functions: whether local functions are known, and who wins where a plugin has the name of one.
         constant: the operators one of whose inputs must be an initializer, and the place of that input.
         loops: operators imported as a loop; an engine with a loop cannot be captured into a CUDA graph.
-        scatter_reduction: ScatterElements with a reduction is not computed as one without.
+        ignored: attributes by operator that make no difference to what is computed, though they should.
         int64: int64 tensors are such, inside and as inputs and outputs; they are int32 otherwise.
     """
 
@@ -86,7 +86,7 @@ class Family:
     functions: Literal["unknown", "function wins", "plugin wins"]
     constant: Mapping[str, int]
     loops: frozenset[str]
-    scatter_reduction: bool
+    ignored: Mapping[str, tuple[str, ...]]
     int64: bool
 
     def takes(self, operator: str, element_type: str) -> bool:
@@ -94,6 +94,8 @@ class Family:
         return element_type in self.operators.get(operator, frozenset())
 
 
+_IGNORED = {"ScatterND": ("reduction",)}
+_ONCE_IGNORED = {"ScatterElements": ("reduction",), "Shape": ("start", "end")}
 _OLD_TYPES = frozenset({"float32", "float16", "float64", "int64", "int32", "int8", "uint8", "bool"})
 _TYPES = _OLD_TYPES | {"bfloat16", "float8e4m3fn", "int4"}
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
@@ -147,7 +149,7 @@ def _family(
         functions=functions,
         constant=constant,
         loops=frozenset(loops),
-        scatter_reduction=modern,
+        ignored=_IGNORED if modern else _IGNORED | _ONCE_IGNORED,
         int64=modern,
     )
 
