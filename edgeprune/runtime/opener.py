@@ -17,6 +17,7 @@ from edgeprune.runtime.trt import Engines
 _FOLLOWING = ("computed", "ragged")  # forms whose shapes follow the image
 _ANY_BATCH = ("computed", "buckets")  # forms whose runner takes the bundle's batch apart
 _BASELINES = ("dense", "random")
+OpenGraph = Callable[..., Backend]
 
 
 class Opener:
@@ -26,10 +27,17 @@ class Opener:
         bundle: whose graphs are opened.
         options: of the backend, such as `threads`.
         prepack: see `OrtBackend`; None says no where several rests of the same weights are open.
+        open_graph: opens a graph's file in place of what the target runs on, with the options and `prepack`.
     """
 
-    def __init__(self, bundle: Bundle, options: dict[str, Any], prepack: bool | None = None) -> None:
-        self.bundle, self.options, self.prepack = bundle, options, prepack
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: dict[str, Any],
+        prepack: bool | None = None,
+        open_graph: OpenGraph | None = None,
+    ) -> None:
+        self.bundle, self.options, self.prepack, self.open_graph = bundle, options, prepack, open_graph
         self._open: dict[str, Backend] = {}
         self._engines: Engines | None = None
 
@@ -67,18 +75,25 @@ class Opener:
     def backend(self, graph: str, *, prepack: bool = True) -> Backend:
         """Return a graph ready to run, opened once."""
         if graph not in self._open:
-            path, target = self.bundle.graph_path(graph), self.bundle.manifest.target
-            if target not in _OPEN:
-                raise EnvironmentLackError(
-                    f"this version of edgeprune cannot run the target '{target}'",
-                    code="target-not-runnable",
-                    expected=f"one of {', '.join(_OPEN)}",
-                    hint="export for one of these targets, or upgrade edgeprune",
-                )
-            opened = _OPEN[target](self, graph, path, prepack)
+            path = self.bundle.graph_path(graph)
+            if self.open_graph is None:
+                opened = self._open_here(graph, path, prepack)
+            else:
+                opened = self.open_graph(path, prepack=prepack, **self.options)
             self._check(graph, path, opened)
             self._open[graph] = opened
         return self._open[graph]
+
+    def _open_here(self, graph: str, path: Path, prepack: bool) -> Backend:
+        target = self.bundle.manifest.target
+        if target not in _OPEN:
+            raise EnvironmentLackError(
+                f"this version of edgeprune cannot run the target '{target}'",
+                code="target-not-runnable",
+                expected=f"one of {', '.join(_OPEN)}",
+                hint="export for one of these targets, or upgrade edgeprune",
+            )
+        return _OPEN[target](self, graph, path, prepack)
 
     def open_on_cpu(self, graph: str, path: Path, prepack: bool) -> Backend:
         """Open a graph in ONNX Runtime on the processor."""
