@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,11 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from edgeprune.errors import InternalError
-from edgeprune.export.ops import functions
+from edgeprune.export.ops import DOMAIN, functions
 
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference can read them
 ALIGNMENT = 4096  # page size, so that a runtime can map tensors straight from the file
-IR_VERSION = 10
 
 
 class WeightStore:
@@ -62,8 +62,17 @@ class WeightStore:
         return tensor
 
 
-def write_graph(graph: gs.Graph, path: Path, store: WeightStore) -> onnx.ModelProto:
+def write_graph(
+    graph: gs.Graph, path: Path, store: WeightStore, *, ir_version: int = 10, bodies: bool = True
+) -> onnx.ModelProto:
     """Write a graph and stream its large tensors into the store; the graph refers to them afterwards.
+
+    Args:
+        graph: as its passes left it.
+        path: the .onnx file.
+        store: the weight file beside it.
+        ir_version: of the file.
+        bodies: attach the bodies of `edgeprune` nodes as functions.
 
     Returns:
         the model as written, weights as references.
@@ -75,8 +84,30 @@ def write_graph(graph: gs.Graph, path: Path, store: WeightStore) -> onnx.ModelPr
             tensor._values = LazyValues(
                 numpy_helper.from_array(values, tensor.name) if small else store.put(tensor.name, values)
             )
-    bodies = {node.op: functions.function_of(node, graph.opset) for node in graph.nodes if functions.is_edgeprune(node)}
-    model = gs.export_onnx(graph, ir_version=IR_VERSION)
-    model.functions.extend(bodies.values())
+    ours = [node for node in graph.nodes if functions.is_edgeprune(node)]
+    model = gs.export_onnx(graph, ir_version=ir_version)
+    if bodies:
+        model.functions.extend({node.op: functions.function_of(node, graph.opset) for node in ours}.values())
     path.write_bytes(model.SerializeToString())
     return model
+
+
+def graph_info(model: Any, file: str) -> dict[str, Any]:
+    """Return the manifest's entry of a graph; dynamic dimensions are -1."""
+
+    def tensors(values: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": value.name,
+                "dtype": helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                "shape": [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim],
+            }
+            for value in values
+        ]
+
+    return {
+        "file": file,
+        "inputs": tensors(model.graph.input),
+        "outputs": tensors(model.graph.output),
+        "plugin": any(node.domain == DOMAIN for node in model.graph.node) and not model.functions,
+    }

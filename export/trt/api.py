@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import posixpath
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,8 @@ from edgeprune.runtime.engines import (
     EngineInfo,
     ProfileInfo,
     folder_name,
+    hash_weights,
 )
-from edgeprune.runtime.onnx_files import find_external_locations
 from edgeprune.runtime.router import SLOTS
 from edgeprune.version import __version__
 
@@ -158,7 +157,8 @@ class _Build:
             sha256=built.sha256,
             bytes=built.bytes,
             source=plan.source,
-            source_sha256=self._sha256(self.bundle.manifest.graphs[plan.source].file),
+            source_sha256=self._graph_sha256(plan),
+            weights_sha256=hash_weights(self.bundle, plan.source),
             plugin=plan.plugin,
             key=key,
             profiles=[
@@ -180,14 +180,9 @@ class _Build:
 
     def _inputs(self, plan: EnginePlan) -> dict[str, Any]:
         """Return everything the engine depends on."""
-        file = self.bundle.manifest.graphs[plan.source].file
-        weights = sorted(
-            posixpath.normpath(posixpath.join(posixpath.dirname(file), location))
-            for location in find_external_locations(self.bundle.path / file)
-        )
         return {
-            "graph": self._sha256(file),
-            "weights": [self._sha256(name) for name in weights],
+            "graph": self._graph_sha256(plan),
+            "weights": hash_weights(self.bundle, plan.source),
             "profiles": [job_profile(profile).model_dump() for profile in plan.profiles],
             "tensorrt": self.machine.tensorrt,
             "device": self.machine.device,
@@ -217,8 +212,9 @@ class _Build:
             timing_cache=None if path is None else str(path.absolute()),
         )
 
-    def _sha256(self, file: str) -> str:
-        return self.bundle.manifest.files[file].sha256
+    def _graph_sha256(self, plan: EnginePlan) -> str:
+        manifest = self.bundle.manifest
+        return manifest.files[manifest.graphs[plan.source].file].sha256
 
     def _index(self, engines: Sequence[EngineInfo], choices: Sequence[ChoiceInfo] = ()) -> EngineIndex:
         return EngineIndex(

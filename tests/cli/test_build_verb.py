@@ -15,8 +15,8 @@ from edgeprune.runtime.bundle import hash_file
 from edgeprune.runtime.engines import EngineIndex, EngineInfo, ProofInfo
 from tests.cli.conftest import Cli
 from tests.helpers import fake_trt
-from tests.helpers.engines import write_for_tensorrt
 from tests.helpers.tensorrt import empty_machine
+from tests.helpers.trt_bundles import write_for_tensorrt
 
 
 @pytest.fixture(autouse=True)

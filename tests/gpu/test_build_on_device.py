@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edgeprune.export.trt import BuildOptions, build_engines, can_build_here
-from tests.helpers.engines import write_for_tensorrt
+from tests.helpers.trt_bundles import write_for_tensorrt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.bundles import WEIGHTS, write_tiny
-from tests.helpers.engines import write_for_tensorrt
+from tests.helpers.trt_bundles import write_for_tensorrt
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "sklearn", "scipy", "openvino", "tensorrt", "pycuda")

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from edgeprune.export.emit.builder import GraphBuilder
-from edgeprune.export.emit.dialects.plain import PlainDialect
+from edgeprune.export.emit.dialects.plain import PlainDialect, cut_patches
 
 MICROSOFT = "com.microsoft"
 
@@ -48,8 +48,7 @@ class OrtCpuDialect(PlainDialect):
         """Return [B, N, D]: patches cut by a transpose, projected by one Gemm."""
         D, C, ph, pw = weight.shape
         (rows, cols), B = grid, g.batch
-        x = g.reshape(images, [B, C, rows, ph, cols, pw], name="cut")
-        x = g.transpose(x, [0, 2, 4, 1, 3, 5], name="patches")
+        x = cut_patches(g, images, grid, (ph, pw))
         count = B * rows * cols if isinstance(B, int) else None
         x = g.reshape(x, [count, C * ph * pw], name="flatten")
         x = self.linear(g, "proj", x, weight.reshape(D, -1), bias, "patch_embed.proj.flat")

@@ -17,7 +17,7 @@ from edgeprune.export.trt.job import Built, Job
 from edgeprune.runtime.bundle import Bundle, hash_file, load_bundle
 from edgeprune.runtime.engines import EngineIndex, EngineInfo
 from tests.helpers import fake_trt
-from tests.helpers.engines import write_for_tensorrt
+from tests.helpers.trt_bundles import write_for_tensorrt
 
 FOLDER = {version: f"nvidia-pretend-gpu-trt{version}" for version in fake_trt.VERSIONS}
 NEW = fake_trt.VERSIONS[1]

@@ -9,7 +9,7 @@ import pytest
 from edgeprune.errors import InputError
 from edgeprune.export.trt.options import BuildOptions
 from edgeprune.export.trt.plan import Role, batches_of, bucket_shares, plan_roles
-from tests.helpers.engines import BUCKETS, SHARES, STAGES, bucket_manifest, described, engine_manifest, rest
+from tests.helpers.trt_bundles import BUCKETS, SHARES, STAGES, bucket_manifest, described, engine_manifest, rest
 
 
 def role(roles: tuple[Role, ...], name: str) -> Role:

@@ -14,7 +14,7 @@ from edgeprune.export.trt.job import Built, Job
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.engines import EngineIndex
 from tests.helpers import fake_trt
-from tests.helpers.engines import write_for_tensorrt, write_two_buckets
+from tests.helpers.trt_bundles import write_for_tensorrt, write_two_buckets
 
 
 @pytest.fixture(params=fake_trt.VERSIONS)
