@@ -39,8 +39,10 @@ def graph_passes(selection: str, batch: tuple[int, int]) -> tuple[GraphPass, ...
 
 
 def lint_rules() -> tuple[Rule, ...]:
-    """Return the rules every static graph must obey."""
-    return onnx.lint_rules()
+    """Return the rules of TensorRT's parsers and of engines worth building, and those every static graph must obey."""
+    from edgeprune.export.lint.tensorrt import tensorrt_rules
+
+    return tensorrt_rules()
 
 
 def _target(precision: str) -> Target:

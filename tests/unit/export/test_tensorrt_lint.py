@@ -661,9 +661,7 @@ def split(name: str, folder: Path, target: str, counts: Counts) -> tuple[Plan, l
     "counts",
     [
         pytest.param(Counts.SLOTS, id="static"),
-        pytest.param(
-            Counts.GIVEN, id="told", marks=pytest.mark.xfail(strict=True, reason="the stem hands on int64 ranks")
-        ),
+        pytest.param(Counts.GIVEN, id="told"),
     ],
 )
 def test_stem_and_rest_break_no_rule(tmp_path: Path, name: str, target: str, counts: Counts) -> None:
