@@ -41,19 +41,20 @@ class EngineSpec:
     plugins: tuple[str, ...] = ()
 
 
-def copy_for_tensorrt(bundle: Bundle, out: Path, change: Callable[[dict[str, Any]], Any] = lambda m: None) -> Bundle:
-    """Return a copy of a bundle as one for TensorRT, with further changes to its manifest."""
+def copy_bundle(bundle: Bundle, out: Path, change: Callable[[dict[str, Any]], Any] = lambda m: None) -> Bundle:
+    """Return a copy of a bundle with changes to its manifest."""
     shutil.copytree(bundle.path, out)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["target"] = "trt-fp32"
     change(manifest)
     (out / "manifest.json").write_text(json.dumps(manifest))
     return load_bundle(out, check_hashes=False)
 
 
 def own_engines(bundle: Bundle, batches: Sequence[int]) -> list[EngineSpec]:
-    """Return an engine for every graph, with a profile for each batch."""
-    return [EngineSpec(g, tuple((g, batch, None) for batch in batches)) for g in bundle.manifest.graphs]
+    """Return an engine for every graph but variants and one that is told, with a profile for each batch."""
+    graphs = bundle.manifest.graphs.items()
+    own = [g for g, info in graphs if info.variant_of is None and all(one.name != SLOTS for one in info.inputs)]
+    return [EngineSpec(g, tuple((g, batch, None) for batch in batches)) for g in own]
 
 
 def write_engines(bundle: Bundle, fake: FakeTensorRT, specs: Sequence[EngineSpec]) -> Path:

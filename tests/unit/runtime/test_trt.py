@@ -16,6 +16,7 @@ import pytest
 from edgeprune import Session
 from edgeprune.errors import EdgepruneError, EdgepruneWarning
 from edgeprune.export import ExportRequest, export_model
+from edgeprune.export.emulate import open_emulated
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.engine_backend import DeviceRows, EngineBackend, join_rows
 from edgeprune.runtime.engines import INDEX_NAME
@@ -23,7 +24,7 @@ from edgeprune.runtime.router import COUNT, IMAGES, SLOTS
 from edgeprune.runtime.session import Result
 from edgeprune.runtime.trt import Engines
 from tests.helpers.bundles import write_tiny
-from tests.helpers.engines import EngineSpec, copy_for_tensorrt, own_engines, write_engines
+from tests.helpers.engines import EngineSpec, copy_bundle, own_engines, write_engines
 from tests.helpers.fake_cuda import LAYOUTS
 from tests.helpers.fake_trt import VERSIONS, FakeTensorRT, install, other_process
 
@@ -46,23 +47,17 @@ def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    requests = {
-        "rests": {**ADAPTIVE, "target": "onnx", "batch": (1, BATCH)},
-        "told": {**ADAPTIVE, "target": "ort-cpu", "batch": (1, BATCH)},
-        "densities": {
-            **MODEL,
-            "method": "evit",
-            "densities": (1.0, 0.7),
-            "stages": "1",
-            "target": "onnx",
-            "batch": (1, BATCH),
-        },
+    requests: dict[str, dict[str, Any]] = {
+        "buckets": {**ADAPTIVE, "target": "trt-fp32"},
+        "buckets-fp16": {**ADAPTIVE, "target": "trt-fp16"},
+        "buckets-bf16": {**ADAPTIVE, "target": "trt-bf16"},
+        "densities": {**MODEL, "method": "evit", "densities": (1.0, 0.7), "stages": "1", "target": "trt-fp32"},
     }
     found: dict[str, Bundle] = {}
 
     def export(name: str) -> Bundle:
         if name not in found:
-            request = ExportRequest(**requests[name], token_outputs=True, verify=False)
+            request = ExportRequest(**requests[name], batch=(1, BATCH), token_outputs=True, verify=False)
             found[name] = export_model(request, tmp_path_factory.mktemp(name) / "bundle")
         return found[name]
 
@@ -80,11 +75,15 @@ def tiny_images(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 3, 8, 8)).astype(np.float32)
 
 
-def assert_same(ours: Result, theirs: Result) -> None:
-    np.testing.assert_allclose(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+def assert_same(ours: Result, theirs: Result, atol: float = 1e-5) -> None:
+    np.testing.assert_allclose(ours.logits, theirs.logits, rtol=1e-4, atol=atol)
     assert [stage.tolist() for stage in ours.kept] == [stage.tolist() for stage in theirs.kept]
     for name in ("kept_counts", "overflow", "bucket"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def emulate(bundle: Bundle) -> Session:
+    return Session(bundle, threads=1, spinning=False, check_hashes=False, open_graph=open_emulated)
 
 
 def launches(fake: FakeTensorRT) -> int:
@@ -219,9 +218,9 @@ def test_scratch_memory_grows_under_contexts_that_exist(fake: FakeTensorRT, tiny
 
 
 def test_buckets_with_an_engine_each(fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path) -> None:
-    bundle = copy_for_tensorrt(exported("rests"), tmp_path / "bundle")
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
     write_engines(bundle, fake, own_engines(bundle, (1, 2, BATCH)))
-    ours, theirs = Session(bundle), Session(exported("rests"), threads=1)
+    ours, theirs = Session(bundle), emulate(exported("buckets"))
     buckets: set[int] = set()
     for seed, count in enumerate((1, 4, 3, 1, 2, 4)):
         images = images_of(count, seed)
@@ -232,43 +231,74 @@ def test_buckets_with_an_engine_each(fake: FakeTensorRT, exported: Callable[[str
     assert len(buckets) > 1
 
 
-def told_manifest(manifest: dict[str, Any]) -> None:
-    """Describe the graph that is told as one of a bundle for TensorRT: every bucket has a name, one graph runs them."""
-    told = manifest["graphs"]["rest"]
-    for bucket in manifest["adaptive"]["buckets"]:
-        first, second = bucket["capacities"]
-        bucket["graph"] = f"rest_{first}"
-        outputs = json.loads(json.dumps(told["outputs"]))
-        outputs[1]["shape"], outputs[2]["shape"] = [1, first], [1, second]
-        inputs = [one for one in told["inputs"] if one["name"] != SLOTS]
-        manifest["graphs"][bucket["graph"]] = {**told, "inputs": inputs, "outputs": outputs}
-    manifest["adaptive"]["told"] = "rest"
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_is_handed_on_in_a_low_precision(
+    fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path, precision: str
+) -> None:
+    if fake.old and precision == "bf16":
+        pytest.skip("TensorRT 8.6 has no bfloat16")
+    bundle = copy_bundle(exported(f"buckets-{precision}"), tmp_path / "bundle")
+    write_engines(bundle, fake, own_engines(bundle, (1, BATCH)))
+    stem = Engines(bundle).backend("stem")
+    low = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert low in [tensor.dtype for tensor in stem.outputs]
+    ours, theirs = Session(bundle), emulate(exported(f"buckets-{precision}"))
+    for seed, count in enumerate((1, 4, 3)):
+        assert_same(ours.run(images_of(count, seed)), theirs.run(images_of(count, seed)), atol=0.02)
+
+
+def test_engines_of_plugin_graphs(fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path) -> None:
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
+    graphs = bundle.manifest.graphs.items()
+    specs = [
+        EngineSpec(name, ((info.variant_of, 2, None),), ("TopKGather", "GatherTokens"))
+        for name, info in graphs
+        if info.variant_of is not None
+    ]
+    write_engines(bundle, fake, specs)
+    assert_same(Session(bundle).run(images_of(4)), emulate(exported("buckets")).run(images_of(4)))
+
+
+def test_a_stem_built_for_smaller_batches_takes_turns(
+    fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
+    rests = [spec for spec in own_engines(bundle, (2,)) if spec.source.startswith("rest")]
+    write_engines(bundle, fake, [EngineSpec("stem", (("stem", 1, None),)), *rests])
+    assert_same(Session(bundle).run(images_of(4)), emulate(exported("buckets")).run(images_of(4)))
+
+
+def told_engines(batch: int, *, by_caller: bool = False) -> list[EngineSpec]:
+    """Return a stem, and one engine for all buckets."""
+    rest = [("rest" if by_caller else f"rest_{slots[0]}", batch, slots) for slots in SLOT_ROWS]
+    return [EngineSpec("stem", (("stem", batch, None),)), EngineSpec("rest", tuple(rest))]
 
 
 def test_buckets_on_one_engine_that_is_told(
     fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
-    bundle = copy_for_tensorrt(exported("told"), tmp_path / "bundle", told_manifest)
-    rest = EngineSpec("rest", tuple((f"rest_{slots[0]}", 1, slots) for slots in SLOT_ROWS))
-    write_engines(bundle, fake, [EngineSpec("stem", (("stem", 1, None),)), rest])
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
+    write_engines(bundle, fake, told_engines(BATCH))
     backend = Engines(bundle).backend("rest_39")
     assert SLOTS not in [tensor.name for tensor in backend.inputs]
-    assert [tensor.shape for tensor in backend.outputs] == [[1, 10], [1, 39], [1, 39], [1, 2]]
-    ranks = next(tensor for tensor in backend.inputs if tensor.name == "token_ranks")
-    assert ranks.dtype == ("int32" if fake.old else "int64")
+    assert [tensor.shape for tensor in backend.outputs] == [[-1, 10], [-1, 39], [-1, 39], [-1, 2]]
     fake.calls.clear()
-    ours, theirs = Session(bundle), Session(exported("told"), threads=1)
+    ours, theirs = Session(bundle), emulate(exported("buckets"))
     assert len(fake.called("deserialize_cuda_engine")) == 2, "one engine for all buckets"
     for seed, count in enumerate((1, 4, 3)):
         assert_same(ours.run(images_of(count, seed)), theirs.run(images_of(count, seed)))
 
 
+def tell(manifest: dict[str, Any]) -> None:
+    for bucket in manifest["adaptive"]["buckets"]:
+        bucket["graph"] = "rest"
+
+
 def test_a_caller_may_tell_the_slots(fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path) -> None:
-    bundle = copy_for_tensorrt(exported("told"), tmp_path / "bundle")
-    profiles = tuple(("rest", 1, slots) for slots in SLOT_ROWS)
-    write_engines(bundle, fake, [EngineSpec("stem", (("stem", 1, None),)), EngineSpec("rest", profiles)])
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle", tell)
+    write_engines(bundle, fake, told_engines(1, by_caller=True))
     images = images_of(3)
-    assert_same(Session(bundle).run(images), Session(exported("told"), threads=1).run(images))
+    assert_same(Session(bundle).run(images), emulate(exported("buckets")).run(images))
     engines = Engines(bundle)
     stem, rest = engines.backend("stem"), engines.backend("rest")
     feeds = stem.run({IMAGES: images[:1]})
@@ -279,7 +309,7 @@ def test_a_caller_may_tell_the_slots(fake: FakeTensorRT, exported: Callable[[str
 def test_what_the_stem_hands_on_stays_where_it_is(
     fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
-    bundle = copy_for_tensorrt(exported("rests"), tmp_path / "bundle")
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
     write_engines(bundle, fake, own_engines(bundle, (1, 2)))
     engines = Engines(bundle)
     stem, rest = engines.backend("stem"), engines.backend("rest_64")
@@ -304,7 +334,7 @@ def test_what_the_stem_hands_on_stays_where_it_is(
 def test_rows_from_several_places_are_brought_together(
     fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
-    bundle = copy_for_tensorrt(exported("rests"), tmp_path / "bundle")
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
     write_engines(bundle, fake, own_engines(bundle, (1, BATCH)))
     engines = Engines(bundle)
     stem, rest = engines.backend("stem"), engines.backend("rest_39")
@@ -324,7 +354,7 @@ def test_rows_from_several_places_are_brought_together(
 def test_neighbours_become_one_piece_again(
     fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
-    bundle = copy_for_tensorrt(exported("rests"), tmp_path / "bundle")
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
     write_engines(bundle, fake, own_engines(bundle, (BATCH,)))
     rows = Engines(bundle).backend("stem").run({IMAGES: images_of(4)}, keep=["token_ranks"])["token_ranks"]
     assert rows.shape == (4, 64) and rows[1:3].shape == (2, 64) and len(rows[3:9]) == 1
@@ -337,7 +367,7 @@ def test_neighbours_become_one_piece_again(
 def test_rows_hold_while_others_run_the_stem(
     fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
-    bundle = copy_for_tensorrt(exported("rests"), tmp_path / "bundle")
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
     write_engines(bundle, fake, own_engines(bundle, (1,)))
     engines = Engines(bundle)
     stem, rest = engines.backend("stem"), engines.backend("rest_64")
@@ -356,9 +386,9 @@ def test_rows_hold_while_others_run_the_stem(
 
 
 def test_threads_on_buckets(fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path) -> None:
-    bundle = copy_for_tensorrt(exported("rests"), tmp_path / "bundle")
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
     write_engines(bundle, fake, own_engines(bundle, (1, BATCH)))
-    session, reference = Session(bundle), Session(exported("rests"), threads=1)
+    session, reference = Session(bundle), emulate(exported("buckets"))
     inputs = [images_of(1 + seed % BATCH, seed) for seed in range(8)]
     expected = [reference.run(images) for images in inputs]
     found: dict[int, Result] = {}
@@ -379,7 +409,7 @@ def test_threads_on_buckets(fake: FakeTensorRT, exported: Callable[[str], Bundle
 def test_the_count_is_read_from_memory_the_engine_writes(
     fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
-    bundle = copy_for_tensorrt(exported("rests"), tmp_path / "bundle")
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
     write_engines(bundle, fake, own_engines(bundle, (1,)))
     session = Session(bundle)
     session.run(images_of(1))
@@ -396,9 +426,9 @@ def test_the_count_is_read_from_memory_the_engine_writes(
 
 
 def test_densities_and_governor(fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path) -> None:
-    bundle = copy_for_tensorrt(exported("densities"), tmp_path / "bundle")
+    bundle = copy_bundle(exported("densities"), tmp_path / "bundle")
     write_engines(bundle, fake, own_engines(bundle, (1, BATCH)))
-    ours, theirs = Session(bundle), Session(exported("densities"), threads=1)
+    ours, theirs = Session(bundle), emulate(exported("densities"))
     for density in ours.densities:
         ours.density = theirs.density = density
         assert_same(ours.run(images_of(3)), theirs.run(images_of(3)))
