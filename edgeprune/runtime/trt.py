@@ -45,6 +45,7 @@ class Gpu:
         stream: all work goes into it.
         lock: a run holds it from its first copy to its last.
         graphs: CUDA graphs are made; no longer once one could not be.
+        scratch_bytes: the least scratch memory to take, so that it need not grow.
 
     Raises:
         EnvironmentLackError: `gpu-missing`, `package-missing`, `tensorrt-missing`.
@@ -55,7 +56,7 @@ class Gpu:
         self.trt = import_tensorrt()
         self.logger = _make_logger(self.trt)
         self.lock = threading.RLock()
-        self.graphs = True
+        self.graphs, self.scratch_bytes = True, 0
         self._scratch: Buffer | None = None
         self._profiles: weakref.WeakSet[EngineProfile] = weakref.WeakSet()
         with self.cuda:
@@ -97,7 +98,7 @@ class Gpu:
         if self._scratch is not None and self._scratch.nbytes >= nbytes:
             profile.take_scratch(self._scratch)
             return
-        self._scratch = self.cuda.device_buffer(nbytes)
+        self._scratch = self.cuda.device_buffer(max(nbytes, self.scratch_bytes))
         for one in self._profiles:
             one.take_scratch(self._scratch)
 
@@ -137,6 +138,7 @@ class Engines:
             capability = ".".join(map(str, device.compute_capability))
             folder, index = find_engines(bundle, device.name, capability, self._gpu.version)
         self._folder, self.index = folder, index
+        self._gpu.scratch_bytes = max((info.scratch_bytes for info in index.engines), default=0)
         self._loaded: dict[str, Any] = {}
 
     def backend(self, graph: str) -> EngineBackend:
