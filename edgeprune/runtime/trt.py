@@ -23,6 +23,7 @@ from edgeprune.runtime.engines import (
     EngineIndex,
     EngineInfo,
     ProfileInfo,
+    build_command,
     check_source,
     engine_missing,
     engine_stale,
@@ -132,7 +133,7 @@ class Engines:
     """
 
     def __init__(self, bundle: Bundle, folder: Path | None = None, index: EngineIndex | None = None) -> None:
-        self._bundle, self._gpu = bundle, Gpu()
+        self._bundle, self._gpu = bundle, _find_gpu(bundle)
         if folder is None or index is None:
             device = self._gpu.cuda.device
             capability = ".".join(map(str, device.compute_capability))
@@ -186,6 +187,17 @@ class Engines:
                 raise engine_stale(self._bundle, f"TensorRT {version} refuses {info.file}: {why}")
             self._loaded[info.file] = engine
         return self._loaded[info.file]
+
+
+def _find_gpu(bundle: Bundle) -> Gpu:
+    """Return the GPU; where there is none the hint is to run the bundle on its device."""
+    try:
+        return Gpu()
+    except EnvironmentLackError as error:
+        if error.code == "gpu-missing":
+            there = f"run the bundle on the device it is for, where `{build_command(bundle)}` makes its engines"
+            error.hint = f"{there}; if this is that device: {error.hint}"
+        raise
 
 
 def _time(profile: ProfileInfo) -> float:

@@ -473,6 +473,7 @@ def test_without_a_device_tensorrt_is_not_touched(
     fake.device.count = count
     error = refused(lambda: Session(tiny))
     assert (error.code, error.exit_code) == ("gpu-missing", 3) and words in error.message
+    assert f"edgeprune build {tiny.path}" in str(error.hint)
 
 
 @pytest.mark.parametrize("package", ["tensorrt", "pycuda.driver"])
