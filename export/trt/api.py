@@ -170,9 +170,9 @@ class _Build:
 
     def _engine(self, plan: EnginePlan, number: int, total: int) -> EngineInfo:
         """Take an engine from the cache or build it; it lies in the folder then."""
-        inputs = self._inputs(plan)
+        inputs, options = self._inputs(plan), self.options
         key = key_of(inputs)
-        cache = EngineCache(default_folder(), reads=self._cached and not self.options.rebuild, writes=self._cached)
+        cache = EngineCache(default_folder(), reads=options.cache and not options.rebuild, writes=options.cache)
         engine, layers = self.folder / f"{plan.source}.engine", self.folder / f"{plan.source}.layers.json"
         built = cache.take(key, engine, layers)
         build_s = 0.0
@@ -201,10 +201,6 @@ class _Build:
             proof=built.proof,
         )
 
-    @property
-    def _cached(self) -> bool:
-        return self.options.cache
-
     def _part(self, number: int, total: int) -> Report:
         """Return a report for one of several builds."""
         return lambda step, share: self.report(step, (1 - MEASURING) * (number + share) / total)
@@ -227,7 +223,7 @@ class _Build:
 
     def _job(self, plan: EnginePlan, engine: Path, layers: Path) -> Job:
         path = self.options.timing_cache
-        if path is None and self._cached:
+        if path is None and self.options.cache:
             path = timing_cache.default_path(self.machine.device, self.machine.tensorrt)
         return Job(
             graph=str((self.bundle.path / self.bundle.manifest.graphs[plan.source].file).absolute()),
