@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import EnvironmentLackError, missing_package
+from edgeprune.errors import EdgepruneError, EnvironmentLackError, missing_package
 
 EXTRA = "trt"
 _LIBRARIES = ("libcuda.so.1", "libcuda.so")
@@ -252,7 +252,8 @@ class Cuda:
             work: must not allocate or wait, and has to have run before.
 
         Raises:
-            CaptureFailed: with the reason; also when cuda-python is not installed.
+            CaptureFailed: with the reason, an error of edgeprune or CUDA in `work` too, or that cuda-python is not
+                installed.
         """
         calls = self._graph_calls
         if calls is None:
@@ -261,9 +262,11 @@ class Cuda:
             calls.begin(stream)
             try:
                 work()
-            except BaseException:
+            except BaseException as error:
                 with suppress(CaptureFailed):
                     calls.end(stream)
+                if isinstance(error, (EdgepruneError, self._driver.Error)):
+                    raise CaptureFailed(getattr(error, "message", str(error))) from error
                 raise
             graph = calls.end(stream)
         return Graph(calls, calls.instantiate(graph))

@@ -2,7 +2,7 @@
 
 Host arrays go to the device through page-locked memory and come back through it. Small integers, such as the token
 count a router reads, are written by the engine into mapped memory, so that no copy stands between them and the host.
-What is only handed on stays on the device as `DeviceRows`.
+What is only handed on stays on the device as `EngineRows`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeprune.errors import EdgepruneWarning, InputError
 from edgeprune.runtime.cuda import Buffer, CaptureFailed, Graph, Mapped
+from edgeprune.runtime.engine_rows import EngineRows, Lease, Piece, join_rows, storage
 from edgeprune.runtime.engines import ProfileInfo
 from edgeprune.runtime.manifest import GraphInfo, TensorInfo
 from edgeprune.runtime.router import COUNT, IMAGES, SLOTS
@@ -40,82 +41,14 @@ _FROM_HOST, _ON_DEVICE = "host", "device"  # where an input is before a run: in 
 _Key = tuple[tuple[str | int, ...], int, frozenset[str]]
 
 
-class _Lease:
-    """As long as it lives, the output buffers of a run are not written again."""
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Rows that lie one behind the other; `first` of them are before the first in the same buffer."""
-
-    address: int
-    first: int
-    rows: int
-    lease: _Lease
-
-
-@dataclass(frozen=True)
-class DeviceRows:
-    """Rows of a tensor on the device; slices and joins of them copy nothing. They hold as long as anybody has them.
-
-    Attributes:
-        shape: as of an array.
-        dtype: name of the type, "bfloat16" too.
-    """
-
-    pieces: tuple[_Piece, ...]
-    tail: tuple[int, ...]
-    dtype: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows and the sides of one."""
-        return (len(self), *self.tail)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return math.prod(self.tail) * storage(self.dtype).itemsize
-
-    def __len__(self) -> int:
-        return sum(piece.rows for piece in self.pieces)
-
-    def __getitem__(self, rows: slice) -> DeviceRows:
-        start, stop, _ = rows.indices(len(self))
-        pieces, at = [], 0
-        for piece in self.pieces:
-            low, high = max(start - at, 0), min(stop - at, piece.rows)
-            at += piece.rows
-            if low < high:
-                address = piece.address + low * self.row_bytes
-                pieces.append(_Piece(address, piece.first + low, high - low, piece.lease))
-        return DeviceRows(tuple(pieces), self.tail, self.dtype)
-
-
-def join_rows(parts: Sequence[DeviceRows]) -> DeviceRows:
-    """Return rows one behind the other; neighbours in memory become one piece."""
-    first, joined = parts[0], list(parts[0].pieces)
-    for piece in (piece for part in parts[1:] for piece in part.pieces):
-        last = joined[-1]
-        if piece.lease is last.lease and piece.address == last.address + last.rows * first.row_bytes:
-            joined[-1] = _Piece(last.address, last.first, last.rows + piece.rows, last.lease)
-        else:
-            joined.append(piece)
-    return DeviceRows(tuple(joined), first.tail, first.dtype)
-
-
-def storage(dtype: str) -> np.dtype[Any]:
-    """Return the type of a tensor's elements in numpy, which has no bfloat16: its bits then."""
-    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-
-
 @dataclass(frozen=True)
 class _Port:
-    """An input or output; -1 marks a side that a profile decides."""
+    """An input or output; -1 marks a side that a profile decides, `kind` is the type its elements have in numpy."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    kind: np.dtype[Any]
 
 
 class EngineProfile:
@@ -128,7 +61,7 @@ class EngineProfile:
         info: what the profile is for.
 
     Attributes:
-        shapes: of every tensor on the device.
+        shapes, sizes: of every tensor on the device; sizes in bytes.
         rows: images, as the engine says; None when no side depends on the profile.
         graphs: captured runs, by where inputs and outputs lie.
 
@@ -162,6 +95,9 @@ class EngineProfile:
             self.shapes[port.name] = tuple(self._context.get_tensor_shape(port.name))
             if -1 in self.shapes[port.name]:
                 raise gpu.failure(f"the size of the output {port.name} is not known before a run")
+        self.sizes = {
+            port.name: math.prod(self.shapes[port.name]) * port.kind.itemsize for port in (*self.inputs, *self.outputs)
+        }
         gpu.share_scratch(self, _scratch_bytes(engine))
 
     def take_scratch(self, scratch: Buffer) -> None:
@@ -184,10 +120,6 @@ class EngineProfile:
         if not self._context.execute_async_v3(self.gpu.stream.handle):
             raise self.gpu.failure(f"TensorRT does not run '{self.info.graph}'", graph=self.info.graph)
 
-    def nbytes(self, port: _Port) -> int:
-        """Return the bytes of a tensor."""
-        return math.prod(self.shapes[port.name]) * storage(port.dtype).itemsize
-
     def _want(self, done: bool, what: str) -> None:
         if not done:
             raise self.gpu.failure(f"TensorRT refuses {what} of '{self.info.graph}'")
@@ -198,7 +130,7 @@ class _Outputs:
     """Buffers for the outputs of a run, by name; taken while somebody holds the lease."""
 
     buffers: dict[str, Buffer]
-    lease: weakref.ref[_Lease] | None = None
+    lease: weakref.ref[Lease] | None = None
 
     @property
     def free(self) -> bool:
@@ -207,11 +139,20 @@ class _Outputs:
 
 @dataclass
 class _HostSide:
-    """Page-locked memory of the largest profile, made when it is first needed."""
+    """Page-locked memory of the largest profile by name, made when it is first needed, and parts of it as arrays."""
 
     staging: dict[str, np.ndarray] = field(default_factory=dict)
     landing: dict[str, np.ndarray] = field(default_factory=dict)
     mapped: dict[str, Mapped] = field(default_factory=dict)
+    views: dict[tuple[EngineProfile, str, bool], np.ndarray] = field(default_factory=dict)
+
+    def view(self, profile: EngineProfile, port: _Port, memory: np.ndarray, *, direct: bool = False) -> np.ndarray:
+        """Return the memory of an input or output as an array of the profile's shape; `direct` when it is mapped."""
+        key = (profile, port.name, direct)
+        if key not in self.views:
+            part = memory[: profile.sizes[port.name]].view(port.kind)
+            self.views[key] = part.reshape(profile.shapes[port.name])
+        return self.views[key]
 
 
 class EngineBackend:
@@ -245,13 +186,15 @@ class EngineBackend:
             at = [tensor.name for tensor in info.inputs].index(SLOTS)
             self.inputs.insert(at, TensorInfo(name=SLOTS, dtype="int64", shape=[stages]))
         self.outputs = [self._describe(port) for port in self._out]
+        integers = [port for port in self._out if port.dtype in ("int32", "int64")]
+        self._small = {port.name for port in integers if self._most(port) <= MAPPED_BYTES}
         self._host, self._sets = _HostSide(), list[_Outputs]()
         self._own = {port.name: self._buffer(port) for port in self._in}
         self._done = gpu.cuda.event()
         self._prepare(frozenset(kept))
 
     def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
-        """Return every output by name: arrays, and `DeviceRows` for outputs in `keep`.
+        """Return every output by name: arrays, and `EngineRows` for outputs in `keep`.
 
         A batch runs in the smallest profile that holds it, filled up with its last image; a larger one than any runs
         in several turns. A bfloat16 array is an array of its bits, uint16.
@@ -279,7 +222,7 @@ class EngineBackend:
 
     def join(self, parts: Sequence[Any]) -> Any:
         """Return some parts as one feed: rows of the device together, or arrays as an array."""
-        if isinstance(parts[0], DeviceRows):
+        if isinstance(parts[0], EngineRows):
             return join_rows(parts)
         return np.concatenate(parts)
 
@@ -299,7 +242,7 @@ class EngineBackend:
         number = self._add_outputs() if number is None else number
         key = (places, number, frozenset(port.name for port in self._out if port.name not in keep))
         self._launch(profile, key)
-        lease = _Lease()
+        lease = Lease(self._sets[number].buffers)
         self._sets[number].lease = weakref.ref(lease)
         return {port.name: self._collect(profile, port, key, count, lease) for port in self._out}
 
@@ -332,22 +275,21 @@ class EngineBackend:
             own = self._own[port.name].address
             addresses[port.name] = place if isinstance(place, int) else own
             if place == _FROM_HOST:
-                cuda.to_device(own, self._host.staging[port.name][: profile.nbytes(port)], stream)
+                cuda.to_device(own, self._host.staging[port.name][: profile.sizes[port.name]], stream)
         for port in self._out:
             held: Buffer | Mapped = self._sets[number].buffers[port.name]
             addresses[port.name] = self._mapped(port).address if self._is_mapped(port, key) else held.address
         profile.enqueue(addresses)
         for port in self._out:
             if port.name in to_host and not self._is_mapped(port, key):
-                cuda.to_host(self._landing(port)[: profile.nbytes(port)], addresses[port.name], stream)
+                cuda.to_host(self._landing(port)[: profile.sizes[port.name]], addresses[port.name], stream)
 
     def _bring(self, profile: EngineProfile, port: _Port, feed: Any) -> str | int:
         """Bring a feed to where the run expects it, and say where: staging, own buffer, or the address it has."""
         cuda, stream = self._gpu.cuda, self._gpu.stream
         rows = profile.shapes[port.name][0]
-        if not isinstance(feed, DeviceRows):
-            array = self._staging(port)[: profile.nbytes(port)].view(storage(port.dtype))
-            array = array.reshape(profile.shapes[port.name])
+        if not isinstance(feed, EngineRows):
+            array = self._host.view(profile, port, self._staging(port))
             np.copyto(array[: len(feed)], feed, casting="same_kind")
             array[len(feed) :] = array[len(feed) - 1]
             return _FROM_HOST
@@ -362,14 +304,15 @@ class EngineBackend:
             cuda.on_device(at + more * feed.row_bytes, last, feed.row_bytes, stream)
         return _ON_DEVICE
 
-    def _collect(self, profile: EngineProfile, port: _Port, key: _Key, count: int, lease: _Lease) -> Any:
+    def _collect(self, profile: EngineProfile, port: _Port, key: _Key, count: int, lease: Lease) -> Any:
         """Return an output of a run that is over, without the images that filled it up."""
-        shape, (_, number, to_host) = profile.shapes[port.name], key
+        _, number, to_host = key
         if port.name not in to_host:
             address = self._sets[number].buffers[port.name].address
-            return DeviceRows((_Piece(address, 0, count, lease),), shape[1:], port.dtype)
-        held = self._mapped(port).array if self._is_mapped(port, key) else self._landing(port)
-        return held[: profile.nbytes(port)].view(storage(port.dtype)).reshape(shape)[:count].copy()
+            return EngineRows((Piece(address, 0, count, lease),), profile.shapes[port.name][1:], port.dtype)
+        direct = self._is_mapped(port, key)
+        memory = self._mapped(port).array if direct else self._landing(port)
+        return self._host.view(profile, port, memory, direct=direct)[:count].copy()
 
     def _prepare(self, kept: frozenset[str]) -> None:
         """Run every profile once on zeros and capture it."""
@@ -393,10 +336,10 @@ class EngineBackend:
         return self._gpu.cuda.device_buffer(self._most(port))
 
     def _most(self, port: _Port) -> int:
-        return max(profile.nbytes(port) for profile in self._profiles)
+        return max(profile.sizes[port.name] for profile in self._profiles)
 
     def _is_mapped(self, port: _Port, key: _Key) -> bool:
-        return port.name in key[2] and port.dtype in ("int32", "int64") and self._most(port) <= MAPPED_BYTES
+        return port.name in self._small and port.name in key[2]
 
     def _mapped(self, port: _Port) -> Mapped:
         if port.name not in self._host.mapped:
@@ -428,10 +371,11 @@ def _ports(trt: Any, engine: Any) -> tuple[list[_Port], list[_Port], _Port | Non
     for i in range(engine.num_io_tensors):
         name = engine.get_tensor_name(i)
         kind = engine.get_tensor_dtype(name).name
-        port = _Port(name, _DTYPES.get(kind, kind), tuple(engine.get_tensor_shape(name)))
+        dtype = _DTYPES[kind]
+        port = _Port(name, dtype, tuple(engine.get_tensor_shape(name)), storage(dtype))
         if engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT:
             outputs.append(port)
-        elif engine.get_tensor_location(name) == trt.TensorLocation.HOST:
+        elif engine.is_shape_inference_io(name):
             told = port
         else:
             inputs.append(port)

@@ -149,8 +149,12 @@ def find_engines(bundle: Bundle, device: str, compute_capability: str, tensorrt:
         raise engine_missing(bundle, f"{bundle.path} has no engines", device=device, tensorrt=tensorrt)
     try:
         index = EngineIndex.model_validate_json((folder / INDEX_NAME).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise engine_stale(bundle, f"{folder / INDEX_NAME} is not understood: {error}") from error
+    except OSError as error:
+        raise engine_stale(bundle, f"{folder / INDEX_NAME} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first, *more = error.errors(include_url=False, include_input=False)
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" + (f" (and {len(more)} more)" if more else "")
+        raise engine_stale(bundle, f"{folder / INDEX_NAME} is not understood: {why}") from error
     if (index.device, index.compute_capability, index.tensorrt) != (device, compute_capability, tensorrt):
         built = f"{index.device} of compute capability {index.compute_capability} with TensorRT {index.tensorrt}"
         raise _other_device(bundle, f"in {folder} are for {built}", device, tensorrt)
@@ -200,13 +204,18 @@ def engine_stale(bundle: Bundle, message: str, **details: Any) -> EnvironmentLac
     return _rebuild(bundle, message, "engine-stale", "engines built of this very bundle", details)
 
 
+def build_command(bundle: Bundle) -> str:
+    """Return the command that builds the engines of a bundle."""
+    return f"edgeprune build {shlex.quote(str(bundle.path))}"
+
+
 def _other_device(bundle: Bundle, words: str, device: str, tensorrt: str) -> EnvironmentLackError:
     message, expected = f"the engines of {bundle.path} {words}", f"engines for {device} with TensorRT {tensorrt}"
     return _rebuild(bundle, message, "engine-other-device", expected, {"device": device, "tensorrt": tensorrt})
 
 
 def _rebuild(bundle: Bundle, message: str, code: str, expected: str, details: dict[str, Any]) -> EnvironmentLackError:
-    command = f"edgeprune build {shlex.quote(str(bundle.path))}"
+    command = build_command(bundle)
     return EnvironmentLackError(
         message, code=code, expected=expected, hint=f"build them here: {command}", details={**details, "build": command}
     )

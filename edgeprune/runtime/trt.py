@@ -23,6 +23,7 @@ from edgeprune.runtime.engines import (
     EngineIndex,
     EngineInfo,
     ProfileInfo,
+    build_command,
     check_source,
     engine_missing,
     engine_stale,
@@ -45,6 +46,7 @@ class Gpu:
         stream: all work goes into it.
         lock: a run holds it from its first copy to its last.
         graphs: CUDA graphs are made; no longer once one could not be.
+        scratch_bytes: the least scratch memory to take, so that it need not grow.
 
     Raises:
         EnvironmentLackError: `gpu-missing`, `package-missing`, `tensorrt-missing`.
@@ -55,7 +57,7 @@ class Gpu:
         self.trt = import_tensorrt()
         self.logger = _make_logger(self.trt)
         self.lock = threading.RLock()
-        self.graphs = True
+        self.graphs, self.scratch_bytes = True, 0
         self._scratch: Buffer | None = None
         self._profiles: weakref.WeakSet[EngineProfile] = weakref.WeakSet()
         with self.cuda:
@@ -97,7 +99,7 @@ class Gpu:
         if self._scratch is not None and self._scratch.nbytes >= nbytes:
             profile.take_scratch(self._scratch)
             return
-        self._scratch = self.cuda.device_buffer(nbytes)
+        self._scratch = self.cuda.device_buffer(max(nbytes, self.scratch_bytes))
         for one in self._profiles:
             one.take_scratch(self._scratch)
 
@@ -131,12 +133,13 @@ class Engines:
     """
 
     def __init__(self, bundle: Bundle, folder: Path | None = None, index: EngineIndex | None = None) -> None:
-        self._bundle, self._gpu = bundle, Gpu()
+        self._bundle, self._gpu = bundle, _find_gpu(bundle)
         if folder is None or index is None:
             device = self._gpu.cuda.device
             capability = ".".join(map(str, device.compute_capability))
             folder, index = find_engines(bundle, device.name, capability, self._gpu.version)
         self._folder, self.index = folder, index
+        self._gpu.scratch_bytes = max((info.scratch_bytes for info in index.engines), default=0)
         self._loaded: dict[str, Any] = {}
 
     def backend(self, graph: str) -> EngineBackend:
@@ -184,6 +187,17 @@ class Engines:
                 raise engine_stale(self._bundle, f"TensorRT {version} refuses {info.file}: {why}")
             self._loaded[info.file] = engine
         return self._loaded[info.file]
+
+
+def _find_gpu(bundle: Bundle) -> Gpu:
+    """Return the GPU; where there is none the hint is to run the bundle on its device."""
+    try:
+        return Gpu()
+    except EnvironmentLackError as error:
+        if error.code == "gpu-missing":
+            there = f"run the bundle on the device it is for, where `{build_command(bundle)}` makes its engines"
+            error.hint = f"{there}; if this is that device: {error.hint}"
+        raise
 
 
 def _time(profile: ProfileInfo) -> float:

@@ -14,7 +14,7 @@ from edgeprune.export import ExportRequest, export_model
 from edgeprune.export.trt import BuildOptions, build_engines
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.cuda import Cuda, find_device
-from edgeprune.runtime.engine_backend import DeviceRows
+from edgeprune.runtime.engine_rows import EngineRows
 from edgeprune.runtime.router import COUNT, IMAGES
 from edgeprune.runtime.trt import Engines
 from tests.helpers.device_kernels import missing_device
@@ -136,7 +136,7 @@ def test_rows_on_the_device_give_what_arrays_give(bundle: Bundle) -> None:
     arrays = stem.run({IMAGES: images_of(BATCH)})
     expected = rest.run({name: arrays[name] for name in (*handed, COUNT)})["logits"]
     kept = stem.run({IMAGES: images_of(BATCH)}, keep=handed)
-    assert all(isinstance(kept[name], DeviceRows) for name in handed)
+    assert all(isinstance(kept[name], EngineRows) for name in handed)
     for _ in range(3):  # run, captured, replayed
         out = rest.run({name: kept[name] for name in (*handed, COUNT)})
         np.testing.assert_array_equal(out["logits"], expected)

@@ -18,7 +18,8 @@ from edgeprune.errors import EdgepruneError, EdgepruneWarning
 from edgeprune.export import ExportRequest, export_model
 from edgeprune.export.emulate import open_emulated
 from edgeprune.runtime.bundle import Bundle
-from edgeprune.runtime.engine_backend import DeviceRows, EngineBackend, join_rows
+from edgeprune.runtime.engine_backend import EngineBackend
+from edgeprune.runtime.engine_rows import EngineRows, join_rows
 from edgeprune.runtime.engines import INDEX_NAME
 from edgeprune.runtime.router import COUNT, IMAGES, SLOTS
 from edgeprune.runtime.session import Result
@@ -318,7 +319,7 @@ def test_what_the_stem_hands_on_stays_where_it_is(
     arrays = stem.run({IMAGES: images})
     expected = rest.run({name: arrays[name] for name in (*handed, COUNT)})
     kept = stem.run({IMAGES: images}, keep=handed)
-    assert {name for name, value in kept.items() if isinstance(value, DeviceRows)} == handed
+    assert {name for name, value in kept.items() if isinstance(value, EngineRows)} == handed
     assert isinstance(kept[COUNT], np.ndarray)
     for _ in range(2):  # run, then replayed
         fake.device.events.clear()
@@ -385,6 +386,33 @@ def test_rows_hold_while_others_run_the_stem(
     assert len(stem._sets) == 3, "buffers are used again when nobody has their rows"
 
 
+def test_rows_outlive_the_backend_they_are_of(
+    fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
+    write_engines(bundle, fake, own_engines(bundle, (1,)))
+    rows = Engines(bundle).backend("stem").run({IMAGES: images_of(1)}, keep=["token_ranks"])["token_ranks"]
+    rest = Engines(bundle).backend("rest_64")
+    assert fake.device.find(rows.pieces[0].address, 4 * 64).kind == "device"
+    arrays = Engines(bundle).backend("stem").run({IMAGES: images_of(1)})
+    given = rest.run({**arrays, "token_ranks": rows})
+    np.testing.assert_array_equal(given["logits"], rest.run(arrays)["logits"])
+
+
+def test_the_first_images_find_everything_captured_but_the_way_between(
+    fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
+    write_engines(bundle, fake, own_engines(bundle, (1, 2)))
+    session = Session(bundle)
+    opened = len(runs(fake))
+    assert opened == 2 * 2 * 4, "stem and three rests, run and captured"
+    session.run(images_of(1))
+    assert len(runs(fake)) == opened + 2, "the rest's inputs are bound where the stem has left them"
+    session.run(images_of(1))
+    assert len(runs(fake)) == opened + 2
+
+
 def test_threads_on_buckets(fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path) -> None:
     bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
     write_engines(bundle, fake, own_engines(bundle, (1, BATCH)))
@@ -445,6 +473,7 @@ def test_without_a_device_tensorrt_is_not_touched(
     fake.device.count = count
     error = refused(lambda: Session(tiny))
     assert (error.code, error.exit_code) == ("gpu-missing", 3) and words in error.message
+    assert f"edgeprune build {tiny.path}" in str(error.hint)
 
 
 @pytest.mark.parametrize("package", ["tensorrt", "pycuda.driver"])
@@ -466,9 +495,11 @@ def test_without_cuda_python_engines_run_without_graphs(monkeypatch: pytest.Monk
     assert launches(fake) == 0
 
 
-def test_a_capture_that_fails_is_said_once(fake: FakeTensorRT, tiny: Bundle) -> None:
-    fake.device.refuse_capture = "something in the engine"
-    with pytest.warns(EdgepruneWarning, match="CUDA_ERROR_STREAM_CAPTURE_INVALIDATED") as seen:
+@pytest.mark.parametrize("by", ["CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "a planted fault"])
+def test_a_capture_that_fails_is_said_once(fake: FakeTensorRT, tiny: Bundle, by: str) -> None:
+    fake.faults.capture = by == fake.faults.reason
+    fake.device.refuse_capture = None if fake.faults.capture else "something in the engine"
+    with pytest.warns(EdgepruneWarning, match=by) as seen:
         session = Session(tiny)
     assert len(seen) == 1
     assert session.run(tiny_images(3)).logits.shape == (3, 4) and launches(fake) == 0
