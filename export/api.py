@@ -228,7 +228,7 @@ def write_bundle(
         "opset": resolved.opset,
         "batch": request.batch,
         "lowering": "emitted",
-        "selection": request.selection if resolved.stages else "none",
+        "selection": resolved.selection if resolved.stages else "none",
         "dead_rows": request.dead_rows,
         "macs": count_macs(resolved, resolved.stages),
         "graphs": graphs.infos,

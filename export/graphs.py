@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from edgeprune.export.buckets import Bucket, given_buckets, parse_buckets
 from edgeprune.export.calibrate import Rests, calibrate
+from edgeprune.export.ops import DOMAIN
 from edgeprune.export.pipeline import lower, run_plan_passes
 from edgeprune.export.plan import Counts, Plan, build_plan
 from edgeprune.export.request import Resolved
+from edgeprune.export.targets.registry import get_target
 from edgeprune.export.writer import WeightStore
 from edgeprune.pruning.adaptive import with_capacities
 from edgeprune.pruning.base import Constant, Reducer, Stage, TopK
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from edgeprune.pruning.model import PrunedViT
 
 THREADS = 1  # of the runs that measure a curve
+PLUGIN = "_plugin"  # ends the name of a variant with plugin nodes
 Report = Callable[[str, float], None]
 
 
@@ -110,7 +115,8 @@ def bucket_graphs(resolved: Resolved) -> list[str]:
     asked = parse_buckets(resolved.request.buckets or "")
     if resolved.target.takes_slots:
         return ["stem", "rest"]
-    return ["stem", *(f"rest_{size}" for size in asked.sizes)] if asked.sizes else ["stem", "rest_<tokens>"]
+    rests = [f"rest_{size}" for size in asked.sizes] or ["rest_<tokens>"]
+    return ["stem", *rests, *(["rest"] if resolved.target.told else [])]
 
 
 @dataclass
@@ -131,12 +137,25 @@ class GraphWriter:
 
     def write(self, names: Sequence[str | None], plan: Plan) -> None:
         """Write the graph of a plan, or stem and rest of a split one; what is named None is left out."""
-        resolved, request = self.resolved, self.resolved.request
+        selection = self.resolved.selection
+        self._write(names, plan, "native" if selection == "auto" else selection)
+        if selection == "auto" and plan.counts is Counts.SLOTS:
+            self._write([None if name is None else f"{name}{PLUGIN}" for name in names], plan, "plugin")
+
+    def _write(self, names: Sequence[str | None], plan: Plan, selection: str) -> None:
+        """Write graphs in one form of the selection; a plugin variant without plugin nodes is none."""
         paths = [None if name is None else self.folder / f"{name}.onnx" for name in names]
-        options: dict[str, Any] = {"opset": resolved.opset, "selection": request.selection}
-        written = lower(plan, self.arrays, resolved.target, paths, self.store, **options)
+        options: dict[str, Any] = {"opset": self.resolved.opset, "selection": selection}
+        written = lower(plan, self.arrays, self.resolved.target, paths, self.store, **options)
         self.store.flush()
-        self.infos |= {path.stem: graph_info(proto, path.name) for path, proto in written.items()}
+        for path, proto in written.items():
+            info = graph_info(proto, path.name)
+            if path.stem.endswith(PLUGIN):
+                if not info["plugin"]:
+                    path.unlink()
+                    continue
+                info["variant_of"] = path.stem.removesuffix(PLUGIN)
+            self.infos[path.stem] = info
 
     def write_buckets(self, model: PrunedViT, preprocessing: PreprocessInfo, report: Report) -> AdaptiveInfo:
         """Write stem and rests, for the buckets asked for or those that suit real images best."""
@@ -147,21 +166,35 @@ class GraphWriter:
             self.write(["stem", "rest"], self.split_plan(slots, counts=Counts.GIVEN, batch=(1, 1)))
         if request.calibration is not None:
             images = np.zeros((self._batch(), resolved.config.in_chans, *resolved.config.image_size), np.float32)
-            rests = MeasuredRests(self, slots, images)
-            try:
+            with self._measurable() as writer, closing(MeasuredRests(writer, slots, images)) as rests:
                 infos, calibration = calibrate(
                     model, asked, request.calibration, rests.calls(), preprocessing,
                     fill=request.fill == "next-best", images=request.calibration_images,
                     multiple=resolved.target.bucket_multiple, batch=len(images), threads=THREADS, report=report,
                 )  # fmt: skip
-            finally:
-                rests.remove()
         else:
             infos = [BucketInfo(capacities=list(b), graph="rest") for b in given_buckets(asked.sizes, slots)]
+        told: str | None = None
         if not resolved.target.takes_slots:
             infos = self._write_rests(infos)
+        if resolved.target.told and len(infos) > 1:
+            told = "rest"
+            self.write([None, told], self.split_plan(slots, counts=Counts.GIVEN))
         fill: Literal["mask", "next-best"] = "next-best" if request.fill == "next-best" else "mask"
-        return AdaptiveInfo(form="buckets", fill=fill, buckets=infos, calibration=calibration)
+        return AdaptiveInfo(form="buckets", fill=fill, buckets=infos, told=told, calibration=calibration)
+
+    @contextmanager
+    def _measurable(self) -> Iterator[GraphWriter]:
+        """Yield the writer of graphs to measure here; where the target is another device, float32 ones stand in."""
+        if self.resolved.target.device is None:
+            yield self
+            return
+        request = replace(self.resolved.request, selection=None)
+        resolved = replace(self.resolved, request=request, target=get_target("onnx"))
+        with TemporaryDirectory() as folder, WeightStore(Path(folder) / self.store.path.name) as store:
+            writer = GraphWriter(resolved, self.arrays, store, Path(folder))
+            writer.write(["dense"], make_plan(resolved, ()))
+            yield writer
 
     def _write_rests(self, buckets: Sequence[BucketInfo]) -> list[BucketInfo]:
         """Write a rest for each bucket, the stem with the first, and return the buckets with their graphs."""
@@ -214,7 +247,7 @@ class MeasuredRests:
         images = self.images if fixed == -1 else np.repeat(self.images[:1], fixed, 0)
         return Rests(self._run_stem, self._rest, partial(dense.run, {IMAGES: images}), len(images))
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Delete what was written to try."""
         self._backends.clear()
         for path in self.writer.folder.glob("trial*.onnx"):
@@ -261,4 +294,9 @@ def graph_info(model: Any, file: str) -> dict[str, Any]:
             for value in values
         ]
 
-    return {"file": file, "inputs": tensors(model.graph.input), "outputs": tensors(model.graph.output)}
+    return {
+        "file": file,
+        "inputs": tensors(model.graph.input),
+        "outputs": tensors(model.graph.output),
+        "plugin": any(node.domain == DOMAIN for node in model.graph.node) and not model.functions,
+    }

@@ -81,7 +81,14 @@ def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, r
 
     check_batch(request.batch)
     target = get_target(request.target)
-    check_selection(request.selection, target)
+    selection = check_selection(request.selection, target)
+    if target.precision != "fp32":
+        raise InputError(
+            f"this module can only be traced: {reason}; target '{target.name}' wants a model whose parts are known",
+            code="module",
+            expected="a target of precision fp32 for a traced module",
+            hint="convert it in torch, or use a timm or transformers ViT",
+        )
     if request.method != "dense" or request.image_size is None or request.token_outputs:
         raise InputError(
             f"this module can only be traced: {reason}",
@@ -101,12 +108,12 @@ def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, r
         report("tracing", 0.1)
         graph = trace_graph(module, np.zeros((1, *shape), np.float32), request.batch)
         selects = any(is_edgeprune(node) for node in graph.nodes)
-        if request.selection == "native":
+        if selection == "native":
             graph = inline_bodies(graph)  # scores that are not ours may be NaN, which only the full body ranks last
         path = writer.path / "model.onnx"
         report("lowering model.onnx", 0.6)
         with WeightStore(writer.path / "model.onnx.data") as store:
-            proto = finish_graph(graph, None, target, path, store, selection=request.selection, batch=request.batch)
+            proto = finish_graph(graph, None, target, path, store, selection=selection, batch=request.batch)
         info = graph_info(proto, path.name)
         defaults = ViTConfig(name=request.model, image_size=request.image_size, patch_size=(1, 1))
         fields = {
@@ -118,7 +125,7 @@ def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, r
             "opset": TRACE_OPSET,
             "batch": request.batch,
             "lowering": "traced",
-            "selection": request.selection if selects else "none",
+            "selection": selection if selects else "none",
             "dead_rows": False,
             "graphs": {"model": info},
             "preprocessing": preprocessing(defaults),

@@ -89,6 +89,6 @@ def finish_graph(
         graph = graph_pass(graph)
     if plan is not None and plan.packed:
         graph = pack_rows(graph, plan.packed, [stage.counts.kept for stage in plan.stages])
-    model = write_graph(graph, path, store)
+    model = write_graph(graph, path, store, ir_version=target.ir_version, bodies=target.bodies)
     run_lint(LintContext(model, plan, target.domains), target.rules(), target.name)
     return model

@@ -39,7 +39,8 @@ class ExportRequest:
         calibration_images: how many of them.
         token_outputs: also return what each stage kept.
         dead_rows: do not compute rows nobody reads.
-        selection: "native" or "plugin".
+        selection: "native", "plugin", or "auto" for both, of which the device takes the faster; None for what the target
+            does by itself.
         verify: compare with PyTorch on fresh inputs before the bundle is finished.
     """
 
@@ -66,7 +67,7 @@ class ExportRequest:
     calibration_images: int = 512
     token_outputs: bool = False
     dead_rows: bool = True
-    selection: str = "native"
+    selection: str | None = None
     opset: int | None = None
     labels: list[str] | None = None
     verify: bool = True
@@ -92,6 +93,11 @@ class Resolved:
     opset: int
     form: str | None = None
     densities: dict[float, tuple[Stage, ...]] = field(default_factory=dict)
+
+    @property
+    def selection(self) -> str:
+        """The form of the selection that is written."""
+        return check_selection(self.request.selection, self.target)
 
     @property
     def weighted_stages(self) -> tuple[Stage, ...]:
@@ -250,14 +256,21 @@ def resolve_config(request: ExportRequest) -> ViTConfig:
     return get_model_config(request.model, **fields, **dict(request.model_options))
 
 
-def check_selection(selection: str, target: Target) -> None:
-    """Raise InputError `selection` unless the target takes this form of the selection."""
+def check_selection(selection: str | None, target: Target) -> str:
+    """Return the form of the selection.
+
+    Raises:
+        InputError: `selection` when the target does not take it.
+    """
+    if selection is None:
+        return target.selections[0]
     if selection not in target.selections:
         raise InputError(
             f"target '{target.name}' has no selection form '{selection}'",
             code="selection",
             expected=" or ".join(target.selections),
         )
+    return selection
 
 
 def check_batch(batch: tuple[int, int]) -> None:

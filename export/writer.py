@@ -16,7 +16,6 @@ from edgeprune.export.ops import functions
 
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference can read them
 ALIGNMENT = 4096  # page size, so that a runtime can map tensors straight from the file
-IR_VERSION = 10
 
 
 class WeightStore:
@@ -62,8 +61,17 @@ class WeightStore:
         return tensor
 
 
-def write_graph(graph: gs.Graph, path: Path, store: WeightStore) -> onnx.ModelProto:
+def write_graph(
+    graph: gs.Graph, path: Path, store: WeightStore, *, ir_version: int = 10, bodies: bool = True
+) -> onnx.ModelProto:
     """Write a graph and stream its large tensors into the store; the graph refers to them afterwards.
+
+    Args:
+        graph: as its passes left it.
+        path: the .onnx file.
+        store: the weight file beside it.
+        ir_version: of the file.
+        bodies: attach the bodies of `edgeprune` nodes as functions.
 
     Returns:
         the model as written, weights as references.
@@ -75,8 +83,9 @@ def write_graph(graph: gs.Graph, path: Path, store: WeightStore) -> onnx.ModelPr
             tensor._values = LazyValues(
                 numpy_helper.from_array(values, tensor.name) if small else store.put(tensor.name, values)
             )
-    bodies = {node.op: functions.function_of(node, graph.opset) for node in graph.nodes if functions.is_edgeprune(node)}
-    model = gs.export_onnx(graph, ir_version=IR_VERSION)
-    model.functions.extend(bodies.values())
+    ours = [node for node in graph.nodes if functions.is_edgeprune(node)]
+    model = gs.export_onnx(graph, ir_version=ir_version)
+    if bodies:
+        model.functions.extend({node.op: functions.function_of(node, graph.opset) for node in ours}.values())
     path.write_bytes(model.SerializeToString())
     return model

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,9 +13,27 @@ from onnx import helper
 
 from edgeprune.errors import InternalError
 
+if TYPE_CHECKING:
+    from edgeprune.export.emit.emitter import Emission
+
 Shape = Sequence[int | str | None]  # None: unknown, as the rows of a flattened dynamic batch
 BATCH = "batch"  # the name of the dynamic batch dimension
 END = np.iinfo(np.int64).max  # where a slice of a dimension of unknown length stops
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def precise(part: Callable[Concatenate[Emission, P], R]) -> Callable[Concatenate[Emission, P], R]:
+    """Keep what a part of the graph computes in float32 in every precision; see `GraphBuilder.precise`."""
+
+    @wraps(part)
+    def inside(e: Emission, *args: P.args, **kwargs: P.kwargs) -> R:
+        with e.g.precise():
+            return part(e, *args, **kwargs)
+
+    return inside
 
 
 class GraphBuilder:
@@ -33,6 +52,8 @@ class GraphBuilder:
         self.weights = weights
         self.batch: int | str = BATCH if batch is None else batch
         self.nodes: list[gs.Node] = []
+        self.precise_nodes: set[str] = set()  # stay float32 in every precision
+        self._precise = False
         self._prefix: list[str] = []
         self._taken: set[str] = set()
         self._constants: dict[str, gs.Constant] = {}
@@ -45,6 +66,15 @@ class GraphBuilder:
             yield
         finally:
             self._prefix.pop()
+
+    @contextmanager
+    def precise(self, on: bool = True) -> Iterator[None]:
+        """Keep what nodes made inside compute in float32 in every precision, or do not inside such a part."""
+        before, self._precise = self._precise, on
+        try:
+            yield
+        finally:
+            self._precise = before
 
     def qualified(self, name: str) -> str:
         """Return the full name, made unique with a counter when it is taken."""
@@ -70,7 +100,7 @@ class GraphBuilder:
         """Add a node with one output and return the output."""
         full = self.qualified(name or op.lower())
         out = gs.Variable(full, dtype=dtype, shape=None if shape is None else list(shape))
-        self.nodes.append(gs.Node(op, full, attrs, list(inputs), [out], domain=domain or None))
+        self._add(gs.Node(op, full, attrs, list(inputs), [out], domain=domain or None))
         return out
 
     def multi_node(
@@ -86,8 +116,13 @@ class GraphBuilder:
         """Add a node with several outputs, each (suffix, dtype, shape), and return them."""
         full = self.qualified(name)
         outs = [gs.Variable(f"{full}.{suffix}", dtype=dtype, shape=list(shape)) for suffix, dtype, shape in outputs]
-        self.nodes.append(gs.Node(op, full, attrs, list(inputs), outs, domain=domain or None))
+        self._add(gs.Node(op, full, attrs, list(inputs), outs, domain=domain or None))
         return outs
+
+    def _add(self, node: gs.Node) -> None:
+        self.nodes.append(node)
+        if self._precise:
+            self.precise_nodes.add(node.name)
 
     def constant(self, name: str, values: np.ndarray) -> gs.Constant:
         """Return the constant of that name, made once; equal names mean equal values."""

@@ -12,6 +12,7 @@ from edgeprune.export.emit import outputs, parts, selection
 from edgeprune.export.emit.builder import GraphBuilder
 from edgeprune.export.emit.cut import cut_graph
 from edgeprune.export.emit.dialects.plain import PlainDialect
+from edgeprune.export.passes.assign_types import assign_types
 from edgeprune.export.plan import Block, Counts, Embed, Head, Plan, Restore, Rows, Select, rows_count
 
 
@@ -125,4 +126,5 @@ def emit_graph(
     assert isinstance(logits, gs.Variable)
     logits.name = "logits"
     graph = g.graph(inputs, [logits, *outputs.token_outputs(e)])
+    graph = assign_types(graph, dialect.precision, g.precise_nodes)
     return cut_graph(graph, [*e.cut, *inputs[1:]]) if plan.split else (graph,)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from edgeprune.export.emit.builder import precise
 from edgeprune.export.ops import DOMAIN, PLUGIN_FIELDS, topk_gather
 from edgeprune.pruning.base import Constant, Stage
 
@@ -63,10 +64,12 @@ def rank_all(e: Emission, scores: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
 
 
 def keep_ranked(e: Emission, stage: Stage, ranks: gs.Tensor, k: gs.Tensor, tokens: gs.Tensor) -> Chosen:
-    """Keep the first k [1] int64 of ranks [B, N] int64; the batch is fixed."""
+    """Keep the first k [1] int64 of ranks [B, N] int64."""
     g, B, P = e.g, e.g.batch, e.plan.config.num_prefix_tokens
-    assert isinstance(B, int)
     indices = g.slice(ranks, 1, 0, k, name="indices")
+    if not isinstance(B, int):
+        positions = g.cast(indices, np.int32, name="positions_int32")
+        return Chosen(gather_tokens_node(e, tokens, positions), stage, positions)
     rows = g.node("Add", [indices, g.constant(f"const.i64_first_{P}", np.array([P], np.int64))], shape=[B, None],
                   name="patch_rows", dtype=np.int64)  # fmt: skip
     prefix = g.constant(f"const.prefix_rows_{B}_{P}", np.tile(np.arange(P, dtype=np.int64), (B, 1)))
@@ -118,6 +121,7 @@ def gather_constant(e: Emission, indices: Sequence[int], tokens: gs.Tensor, pref
     return e.g.node("Gather", [tokens, index], shape=shape, name="gather", axis=1)
 
 
+@precise
 def dropped_weights(e: Emission, chosen: Chosen, scores: gs.Tensor | None) -> tuple[gs.Tensor, gs.Tensor]:
     """Return the scores of dropped tokens over all rows [B, 1, T], zero elsewhere, and their sum [B, 1, 1]."""
     assert scores is not None and chosen.indices is not None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from edgeprune.export.emit.builder import precise
 from edgeprune.export.emit.outputs import record_positions
 from edgeprune.export.emit.slots import set_key_bias
 from edgeprune.pruning.base import Stage
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from edgeprune.export.emit.emitter import Emission
 
 
+@precise
 def emit_merge(e: Emission, stage: Stage, metric: gs.Tensor, tokens: gs.Tensor) -> gs.Tensor:
     """Average r tokens of tokens [B, P+N, D] into others and return [B, P+N-r, D]; sizes and key bias follow.
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from edgeprune.export.emit import selection
+from edgeprune.export.emit.builder import precise
 from edgeprune.export.emit.scores import Seen
 from edgeprune.export.plan import Block, Embed, Head, Rows
 from edgeprune.models.config import AUX_WEIGHT, BATCH_NORM_EPS, STEM_CONVOLUTIONS
@@ -185,27 +186,37 @@ def average(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
             return g.reduce("ReduceMean", pooled, 1, keepdims=False, name="pool")
         number = g.cast(g.length(pooled, 1, name="number"), np.float32, name="number_float")  # 0 where nothing stays
         number = g.node("Max", [number, g.scalar(1.0)], shape=[1], name="number_or_one")
-        total = g.reduce("ReduceSum", pooled, 1, keepdims=False, name="pool_sum")
-        return g.node("Div", [total, number], shape=total.shape, name="pool")
-    share = e.size
+        with g.precise():
+            total = g.reduce("ReduceSum", pooled, 1, keepdims=False, name="pool_sum")
+            return g.node("Div", [total, number], shape=total.shape, name="pool")
+    share_row = pooled_shares(e, pooled)
+    pooled = g.node("MatMul", [share_row, pooled], shape=[g.batch, 1, config.embed_dim], name="pool")
+    return g.reshape(pooled, [g.batch, config.embed_dim], name="pooled")
+
+
+@precise
+def pooled_shares(e: Emission, pooled: gs.Tensor) -> gs.Tensor:
+    """Return the share of each pooled token in the mean, [B, 1, tokens]."""
+    g, P, share = e.g, e.plan.config.num_prefix_tokens, e.size
     if share is None:
         share = g.node("Cast", [e.valid], shape=[g.batch, e.patches], name="share", to=1)
-    if prefix_too:
+    if e.plan.config.pool_include_prefix:
         ones = g.constant(f"const.ones_{P}", np.ones((1, P), np.float32))
         share = g.concat([g.expand_batch(ones, share, name="prefix_share"), share], 1, name="shares")
     total = g.reduce("ReduceSum", share, 1, keepdims=True, name="total")
     total = g.node("Max", [total, g.scalar(1.0)], shape=total.shape, name="total_or_one")
     share = g.node("Div", [share, total], shape=share.shape, name="normalised")
-    share = g.reshape(share, [g.batch, 1, pooled.shape[1]], name="share_row")
-    pooled = g.node("MatMul", [share, pooled], shape=[g.batch, 1, config.embed_dim], name="pool")
-    return g.reshape(pooled, [g.batch, config.embed_dim], name="pooled")
+    return g.reshape(share, [g.batch, 1, pooled.shape[1]], name="share_row")
 
 
+@precise
 def best_token(e: Emission, tokens: gs.Tensor) -> gs.Tensor:
     """Return what the aux head adds to the logits [B, classes]: its weighted maximum over the patches of [B, T, D]."""
     g, P = e.g, e.plan.config.num_prefix_tokens
     patches = e.dialect.to_rows(g, g.slice(tokens, 1, P, e.tokens, name="patches"))
-    scores = e.dialect.to_tokens(g, e.linear("token_logits", patches, "aux_head"), e.patches)
+    with g.precise(False):
+        logits = e.linear("token_logits", patches, "aux_head")
+    scores = e.dialect.to_tokens(g, logits, e.patches)
     if e.valid is not None:
         there = g.reshape(e.valid, [g.batch, e.patches, 1], name="there", dtype=bool)
         scores = g.node("Where", [there, scores, g.scalar(-3e38)], shape=scores.shape, name="token_logits_there")

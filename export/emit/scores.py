@@ -52,12 +52,13 @@ def emit_scores(e: Emission, stage: Stage, seen: Seen) -> gs.Tensor | None:
     emitter = SCORERS.get(type(stage.scorer))
     if emitter is None:
         raise InternalError(f"no lowering for scorer {type(stage.scorer).__name__}", code="no-lowering")
-    scores = emitter(e, stage, seen)  # [B, T, ...]
-    scores = e.g.slice(scores, 1, e.plan.config.num_prefix_tokens, e.tokens, name="patch_scores")
-    if isinstance(stage.scorer, ImportanceScorer):
-        total = e.g.reduce("ReduceSum", scores, 1, keepdims=True, name="patch_total")
-        scores = e.g.node("Div", [scores, total], shape=scores.shape, name="patch_shares")
-    return scores
+    with e.g.precise():
+        scores = emitter(e, stage, seen)  # [B, T, ...]
+        scores = e.g.slice(scores, 1, e.plan.config.num_prefix_tokens, e.tokens, name="patch_scores")
+        if isinstance(stage.scorer, ImportanceScorer):
+            total = e.g.reduce("ReduceSum", scores, 1, keepdims=True, name="patch_total")
+            scores = e.g.node("Div", [scores, total], shape=scores.shape, name="patch_shares")
+        return scores
 
 
 def class_rows(e: Emission, seen: Seen) -> gs.Tensor:
@@ -67,7 +68,8 @@ def class_rows(e: Emission, seen: Seen) -> gs.Tensor:
     assert seen.normed is not None and seen.keys is not None
     D, heads = e.plan.config.embed_dim, e.plan.config.num_heads
     key = f"blocks.{seen.block}.attn.qkv"
-    q = e.linear("q_cls", first_rows(e, seen.normed, 1), key, ("q", slice(0, D)))
+    with e.g.precise(False):
+        q = e.linear("q_cls", first_rows(e, seen.normed, 1), key, ("q", slice(0, D)))
     return e.dialect.class_attention(e.g, e.dialect.to_tokens(e.g, q, 1), seen.keys, e.tokens, heads, e.key_bias)
 
 
@@ -152,12 +154,23 @@ def emit_predictor(e: Emission, stage: Stage, seen: Seen) -> gs.Tensor:
     Exact rewritings: the global half enters the next layer as one row per image instead of being repeated; the two
     logits become their difference.
     """
-    g, D, T = e.g, e.plan.config.embed_dim, e.tokens
-    weights, key, half = g.weights, f"prune.{stage.index}", D // 2
+    g, T = e.g, e.tokens
+    weights, key = g.weights, f"prune.{stage.index}"
 
     def linear(name: str, x: gs.Tensor, layer: str, weight: np.ndarray, bias: np.ndarray | None) -> gs.Tensor:
         return e.dialect.linear(g, name, x, weight, bias, f"{key}.{layer}")
 
+    with g.precise(False):
+        x = predictor_features(e, stage, seen, linear)
+    w4, b4 = weights[f"{key}.out_conv.4.weight"], weights[f"{key}.out_conv.4.bias"]
+    x = linear("fc3", x, "out_conv.4.difference", w4[:1] - w4[1:], b4[:1] - b4[1:])
+    return g.reshape(e.dialect.to_tokens(g, x, T), [g.batch, T], name="scores")
+
+
+def predictor_features(e: Emission, stage: Stage, seen: Seen, linear: Callable[..., gs.Tensor]) -> gs.Tensor:
+    """Return what the predictor's last layer reads, in the layout of rows."""
+    g, T, weights, key = e.g, e.tokens, e.g.weights, f"prune.{stage.index}"
+    half = e.plan.config.embed_dim // 2
     h = e.layer_norm("norm", seen.rows, f"{key}.in_conv.0", PREDICTOR_NORM_EPS)
     w1, b1 = weights[f"{key}.in_conv.1.weight"], weights[f"{key}.in_conv.1.bias"]
     local = e.dialect.gelu(g, "local.gelu", linear("local", h, "in_conv.1.local", w1[:half], b1[:half]))
@@ -169,10 +182,7 @@ def emit_predictor(e: Emission, stage: Stage, seen: Seen) -> gs.Tensor:
     x = e.dialect.to_tokens(g, linear("fc1", local, "out_conv.0.local", w2[:, :half], None), T)
     x = g.node("Add", [x, g.reshape(mean, [g.batch, 1, half], name="fc1_global_row")], shape=x.shape, name="fc1_sum")
     x = e.dialect.gelu(g, "fc1.gelu", e.dialect.to_rows(g, x))
-    x = e.dialect.gelu(g, "fc2.gelu", e.linear("fc2", x, f"{key}.out_conv.2"))
-    w4, b4 = weights[f"{key}.out_conv.4.weight"], weights[f"{key}.out_conv.4.bias"]
-    x = linear("fc3", x, "out_conv.4.difference", w4[:1] - w4[1:], b4[:1] - b4[1:])
-    return g.reshape(e.dialect.to_tokens(g, x, T), [g.batch, T], name="scores")
+    return e.dialect.gelu(g, "fc2.gelu", e.linear("fc2", x, f"{key}.out_conv.2"))
 
 
 def mean_of_patches(e: Emission, tokens: gs.Tensor) -> gs.Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from edgeprune.errors import InternalError
+from edgeprune.export.emit.builder import precise
 from edgeprune.export.emit.gather import (
     Chosen,
     dropped_weights,
@@ -144,6 +145,7 @@ def emit_keep_before_projection(e: Emission, step: Block, x: gs.Tensor, seen: Se
         return e.dialect.to_rows(g, kept[0]), e.dialect.to_rows(g, kept[1])
 
 
+@precise
 def choose(e: Emission, stage: Stage, scores: gs.Tensor | None, tokens: gs.Tensor) -> Chosen:
     """Select from tokens [B, P+N, D] and record what was kept; slots and key bias of the emission follow."""
     K, selector = stage.counts.kept, stage.selector

@@ -70,8 +70,9 @@ def inline(node: gs.Node, opset: int) -> list[gs.Node]:
             folded = _FOLDABLE[inner.op_type](*(t.values for t in arguments))
             tensors[inner.output[0]] = gs.Constant(f"{node.name}.{inner.output[0]}", folded)
             continue
-        for name in inner.output:
-            tensors.setdefault(name, gs.Variable(f"{node.name}.{name}"))
+        shape, dtypes = _known(inner.op_type, arguments)
+        for name, dtype in zip(inner.output, dtypes, strict=False):
+            tensors.setdefault(name, gs.Variable(f"{node.name}.{name}", dtype, shape))
         made.append(
             gs.Node(
                 inner.op_type,
@@ -88,6 +89,21 @@ _FOLDABLE: dict[str, Callable[..., np.ndarray]] = {
     "Reshape": lambda x, shape: x.reshape(tuple(shape)),
     "Range": lambda start, stop, step: np.arange(start, stop, step),
 }
+
+
+def _known(op: str, inputs: list[gs.Tensor]) -> tuple[list[Any] | None, tuple[Any, Any]]:
+    """Return shape and types of the outputs where a later pass may ask for them: of scores and what becomes of them."""
+    ranked = inputs and inputs[0].shape is not None and _is_scores(inputs)
+    if op == "TopK" and ranked and isinstance(inputs[1], gs.Constant):
+        return [*inputs[0].shape[:-1], int(inputs[1].values[0])], (np.float32, np.int64)
+    if op in ("Max", "Where") and _is_scores(inputs):
+        shapes = [list(t.shape) for t in inputs if t.shape is not None]
+        return max(shapes, key=len), (np.float32, None)
+    return (list(inputs[0].shape), (bool, None)) if op == "IsNaN" and ranked else (None, (None, None))
+
+
+def _is_scores(inputs: list[gs.Tensor]) -> bool:
+    return any(not isinstance(t, gs.Constant) and t.dtype == np.float32 and t.shape is not None for t in inputs)
 
 
 def _attribute(attribute: onnx.AttributeProto, outer: dict[str, Any]) -> Any:

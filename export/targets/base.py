@@ -30,6 +30,10 @@ class Target:
         adaptive_form: how a method whose token counts depend on the image runs unless somebody asks for another form.
         takes_slots: token counts may be an input of the graph at no cost, so that one graph serves several.
         bucket_multiple: token counts it likes are multiples of it.
+        ir_version: of the files; the parser of TensorRT 8.6 knows 8.
+        bodies: plugin nodes carry their body as a function; engines that prefer it to the plugin get none.
+        told: a graph that is told its token counts stands beside the buckets', to be chosen from on the device.
+        device: what it runs on when that is not this machine's processor, "tensorrt" or "cuda".
     """
 
     name: str
@@ -44,6 +48,10 @@ class Target:
     adaptive_form: str = "slots"
     takes_slots: bool = False
     bucket_multiple: int = 8
+    ir_version: int = 10
+    bodies: bool = True
+    told: bool = False
+    device: str | None = None
     dialect: Callable[[], PlainDialect] | None = None
     passes: Callable[[str, tuple[int, int]], tuple[GraphPass, ...]] | None = None
     rules: Callable[[], tuple[Rule, ...]] | None = None

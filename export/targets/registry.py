@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from edgeprune.errors import EnvironmentLackError, InputError
-from edgeprune.export.targets import onnx, ort_cpu
+from edgeprune.export.targets import onnx, ort_cpu, ort_cuda, tensorrt
 from edgeprune.export.targets.base import Target
 
 
@@ -20,8 +20,9 @@ TARGETS: dict[str, Target] = {
         onnx.TARGET,
         ort_cpu.TARGET,
         _planned("ort-cpu-int8", "ONNX Runtime, CPU provider", "int8"),
-        _planned("ort-cuda-fp16", "ONNX Runtime, CUDA provider", "fp16"),
-        *(_planned(f"trt-{precision}", "TensorRT", precision) for precision in ("fp32", "fp16", "bf16", "int8", "fp8")),
+        ort_cuda.TARGET,
+        *tensorrt.TARGETS,
+        *(_planned(f"trt-{precision}", "TensorRT", precision) for precision in ("int8", "fp8")),
     )
 }
 

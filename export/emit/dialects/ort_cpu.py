@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from edgeprune.export.emit.builder import GraphBuilder
-from edgeprune.export.emit.dialects.plain import PlainDialect
+from edgeprune.export.emit.dialects.plain import PlainDialect, cut_patches
 
 MICROSOFT = "com.microsoft"
 
@@ -46,14 +46,10 @@ class OrtCpuDialect(PlainDialect):
         self, g: GraphBuilder, images: gs.Tensor, weight: np.ndarray, bias: np.ndarray, grid: Sequence[int]
     ) -> gs.Tensor:
         """Return [B, N, D]: patches cut by a transpose, projected by one Gemm."""
-        D, C, ph, pw = weight.shape
-        (rows, cols), B = grid, g.batch
-        x = g.reshape(images, [B, C, rows, ph, cols, pw], name="cut")
-        x = g.transpose(x, [0, 2, 4, 1, 3, 5], name="patches")
-        count = B * rows * cols if isinstance(B, int) else None
-        x = g.reshape(x, [count, C * ph * pw], name="flatten")
+        D, _, ph, pw = weight.shape
+        x = self.to_rows(g, cut_patches(g, images, grid, (ph, pw)))
         x = self.linear(g, "proj", x, weight.reshape(D, -1), bias, "patch_embed.proj.flat")
-        return g.reshape(x, [B, rows * cols, D], name="tokens")
+        return self.to_tokens(g, x, grid[0] * grid[1])
 
     def keys(self, g: GraphBuilder, k: gs.Tensor, tokens: int | None, heads: int) -> gs.Tensor:
         """Return the keys [B, T, D]; heads stay merged."""

@@ -14,12 +14,26 @@ import onnx_graphsurgeon as gs
 from edgeprune.export.emit.builder import GraphBuilder
 
 
+def cut_patches(g: GraphBuilder, images: gs.Tensor, grid: Sequence[int], patch: Sequence[int]) -> gs.Variable:
+    """Return images [B, C, H, W] as the pixels of every patch [B, N, C * ph * pw]."""
+    (rows, cols), (ph, pw), C = grid, patch, images.shape[1]
+    x = g.reshape(images, [g.batch, C, rows, ph, cols, pw], name="cut")
+    x = g.transpose(x, [0, 2, 4, 1, 3, 5], name="patches")
+    return g.reshape(x, [g.batch, rows * cols, C * ph * pw], name="flatten")
+
+
 class PlainDialect:
     """The portable form, and the base other dialects override piece by piece.
 
     The residual stream ("rows") is [B, T, D] here; a dialect may hold it as [B*T, D]. `to_tokens` and `to_rows`
     convert. Numbers of tokens and queries are None where they are not constants.
+
+    Args:
+        precision: of the graph; what is emitted is float32, and `assign_types` writes the precision into it.
     """
+
+    def __init__(self, precision: str = "fp32") -> None:
+        self.precision = precision
 
     def to_tokens(self, g: GraphBuilder, rows: gs.Tensor, tokens: int | None) -> gs.Tensor:
         """Return rows as [B, T, D]."""
@@ -60,7 +74,8 @@ class PlainDialect:
     ) -> gs.Tensor:
         """Return LayerNorm over the last axis."""
         inputs = [x, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
-        return g.node("LayerNormalization", inputs, shape=x.shape, name=name, axis=-1, epsilon=eps)
+        with g.precise():
+            return g.node("LayerNormalization", inputs, shape=x.shape, name=name, axis=-1, epsilon=eps)
 
     def gelu(self, g: GraphBuilder, name: str, x: gs.Tensor) -> gs.Tensor:
         """Return the exact (erf) GELU."""
@@ -75,8 +90,14 @@ class PlainDialect:
     def embed_patches(
         self, g: GraphBuilder, images: gs.Tensor, weight: np.ndarray, bias: np.ndarray, grid: Sequence[int]
     ) -> gs.Tensor:
-        """Return [B, N, D] of images [B, C, H, W]; weight [D, C, ph, pw]."""
+        """Return [B, N, D] of images [B, C, H, W]; weight [D, C, ph, pw].
+
+        One convolution, or a product of cut patches where the standard has no convolution of the precision.
+        """
         D, _, ph, pw = weight.shape
+        if self.precision == "bf16":
+            patches = cut_patches(g, images, grid, (ph, pw))
+            return self.linear(g, "proj", patches, weight.reshape(D, -1), bias, "patch_embed.proj.flat")
         key = "patch_embed.proj"
         inputs = [images, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
         shape = [g.batch, D, *grid]
@@ -92,7 +113,8 @@ class PlainDialect:
         shape = [g.batch, out, *(side // stride for side in x.shape[2:])]
         inputs = [x, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
         pads = [k // 2 for k in kernel] * 2
-        return g.node("Conv", inputs, shape=shape, name=name, kernel_shape=kernel, strides=[stride, stride], pads=pads)
+        with g.precise(self.precision == "bf16"):
+            return g.node("Conv", inputs, shape=shape, name=name, kernel_shape=kernel, strides=[stride, stride], pads=pads)
 
     def split_heads(self, g: GraphBuilder, name: str, x: gs.Tensor, heads: int, perm: Sequence[int]) -> gs.Tensor:
         """Return x [B, T, D] as [B, T, H, d] permuted."""

@@ -1,0 +1,113 @@
+"""Typed graphs on a processor: float32 arithmetic, every float16 or bfloat16 tensor rounded to its type.
+
+What a GPU computes with float32 accumulators, and more honest than handing the graph to ONNX Runtime, whose CPU provider
+has no such arithmetic: it would leave out the rounding between two operators. Values may differ from a device in the order
+of additions and where it fuses operators, which rounds less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, functions
+from edgeprune.export.passes.assign_types import LOW_TYPES, MOVES
+from edgeprune.runtime.ort import OrtBackend
+
+LOW = frozenset(int(kind) for kind in LOW_TYPES.values())
+FLOAT = int(TensorProto.FLOAT)
+
+
+def open_emulated(path: Path, **options: Any) -> OrtBackend:
+    """Return the graph in a file ready to run on this machine's processor; `options` as of `OrtBackend`.
+
+    Inputs and outputs of a low type are float32 arrays that hold such values.
+
+    Raises:
+        InputError: `graph-invalid`.
+        EnvironmentLackError: `package-missing`.
+    """
+    model = emulated(onnx.load(path, load_external_data=False))
+    beside = path.with_name(f".{path.stem}.emulated.onnx")  # its weights lie beside it
+    beside.write_bytes(model.SerializeToString())
+    try:
+        return OrtBackend(beside, **options)
+    finally:
+        beside.unlink()
+
+
+def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a float32 model that rounds like a typed one; weights stay references."""
+    types = element_types(model)
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    del graph.value_info[:]
+    nodes = [*_widened(graph.initializer), *(part for node in model.graph.node for part in _rounded(node, types))]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type in LOW:
+            value.type.tensor_type.elem_type = FLOAT
+    if not made.functions:
+        _attach_bodies(made)
+    return made
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the element type of every tensor that is known: declared, or inferred from the operators."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    values = (*inferred.graph.value_info, *model.graph.value_info, *model.graph.input, *model.graph.output)
+    found = {value.name: value.type.tensor_type.elem_type for value in values}
+    return found | {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+
+
+def _widened(initializers: Iterable[TensorProto]) -> list[onnx.NodeProto]:
+    """Rename initializers of a low type and return the casts that give their names to float32 tensors."""
+    casts = []
+    for tensor in initializers:
+        if tensor.data_type in LOW:
+            name, tensor.name = tensor.name, f"{tensor.name}.stored"
+            casts.append(helper.make_node("Cast", [tensor.name], [name], name=f"{name}.widened", to=FLOAT))
+    return casts
+
+
+def _rounded(node: onnx.NodeProto, types: dict[str, int]) -> list[onnx.NodeProto]:
+    """Return a node, and behind it the rounding of each output of a low type."""
+    low = [i for i, name in enumerate(node.output) if types.get(name) in LOW]
+    if not low or node.op_type in MOVES or node.domain == DOMAIN:  # values that were rounded already
+        return [node]
+    own = onnx.NodeProto()
+    own.CopyFrom(node)
+    parts = [own]
+    if node.op_type == "Cast":  # to the low type, which is the rounding itself
+        own.output[0] = f"{node.output[0]}.rounded"
+    for i in low:
+        name = node.output[i]
+        if node.op_type != "Cast":
+            own.output[i] = f"{name}.exact"
+            parts.append(helper.make_node("Cast", [own.output[i]], [f"{name}.rounded"], to=types[name]))
+        parts.append(helper.make_node("Cast", [f"{name}.rounded"], [name], to=FLOAT))
+    return parts
+
+
+def _attach_bodies(model: onnx.ModelProto) -> None:
+    """Give every `edgeprune` node its body; each order and mode of an op becomes a function of its own."""
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    bodies: dict[str, onnx.FunctionProto] = {}
+    for node in model.graph.node:
+        if node.domain != DOMAIN:
+            continue
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        variant = [int(attributes.get(name, 0)) for name in ("order", "mode")]
+        body = onnx.FunctionProto()
+        body.CopyFrom(functions.function_for(node.op_type, opset, *variant))
+        body.name = node.op_type = "_".join([node.op_type, *map(str, variant)])
+        bodies[body.name] = body
+    model.functions.extend(bodies.values())
+    if bodies and all(entry.domain != DOMAIN for entry in model.opset_import):
+        model.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
