@@ -19,6 +19,10 @@ GRACE_S = 5.0
 Figures = dict[str, Any]
 
 
+class NotDone(Exception):
+    """A command ended well and did not do what the step is for."""
+
+
 @dataclass(frozen=True)
 class Done:
     """A command that has ended; `code` is None when it ran into its limit."""
@@ -57,7 +61,7 @@ class Step:
         after: steps that must have run.
         least_s: it is not begun with less time left.
         limit_s: it is stopped then.
-        read: figures of its result.
+        read: figures of its result; may raise `NotDone`.
     """
 
     name: str
@@ -148,6 +152,8 @@ def _judge(step: Step, done: Done, seconds: float) -> Outcome:
     unread = None
     try:
         figures = step.read(done)
+    except NotDone as error:
+        return Outcome(step.name, step.what, SKIPPED, str(error), seconds, done.code)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         unread = f"its result cannot be read: {error!r}"
     if done.code == 0:

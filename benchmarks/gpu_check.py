@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from _cuda import CudaError, Device  # noqa: E402
 from _kernels import find_nvcc  # noqa: E402
-from _steps import FAILED, LACKS, NOT_RUN, RAN, SKIPPED, Done, Figures, Outcome, Step, execute, run_steps  # noqa: E402
+from _steps import FAILED, LACKS, NOT_RUN, RAN, SKIPPED, Done, Figures, NotDone, Outcome, Step, execute, run_steps  # noqa: E402
 
 from edgeprune.bench.fingerprint import take_fingerprint  # noqa: E402
 
@@ -489,7 +489,10 @@ def read_build(done: Done) -> Figures:
 
 def read_verify(done: Done) -> Figures:
     """Return how well the outputs agree; there are figures of a failed check too."""
-    parity = done.document["results"]["parity"] if done.code in (0, 1) else {}
+    results = done.document["results"] if done.code in (0, 1) else {}
+    if results.get("emulated"):
+        raise NotDone(f"emulated on the processor: {results['emulated']}")
+    parity = results.get("parity", {})
     names = ("max_rel_error", "top1_agreement", "kept_overlap")
     return {name: parity[name] for name in names if parity.get(name) is not None}
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -209,10 +210,8 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 def find_version(package: str) -> str | None:
     """Return the version of an installed distribution, or of another that brings the same package."""
     for name in (package, *OTHER_NAMES.get(package, ())):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return None
 
 

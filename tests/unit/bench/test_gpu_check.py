@@ -282,6 +282,13 @@ def test_a_verb_that_lacks_something_is_skipped(check: ModuleType, setting: Any)
     assert (outcome.status, outcome.reason) == ("skipped", "no engine for this device; fix: do this")
 
 
+def test_an_emulated_comparison_says_nothing_of_the_engine(check: ModuleType, parts: ModuleType) -> None:
+    results = {"parity": {"max_rel_error": 0.0}, "emulated": "there is no GPU"}
+    step = parts.Step("verify", "", ("verify",), read=check.read_verify)
+    (outcome,), _ = run(parts, [step], {"verify": parts.Done(0, json.dumps({"results": results}), "")})
+    assert (outcome.status, outcome.reason) == ("skipped", "emulated on the processor: there is no GPU")
+
+
 def test_bundles_that_were_not_prepared_are_named(check: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "static").mkdir()
     (tmp_path / "static" / "manifest.json").write_text("{}")
