@@ -186,6 +186,7 @@ def write_bundle(
     report: Progress,
 ) -> Bundle:
     """Lower, verify and finish a bundle inside an open writer."""
+    from edgeprune.checks.compare import remark
     from edgeprune.export.emit.weights import weight_arrays
     from edgeprune.export.graphs import GraphWriter, whole_plans
     from edgeprune.export.writer import WeightStore
@@ -249,6 +250,8 @@ def write_bundle(
     if request.verify:
         report("comparing with PyTorch", 0.7)
         fields |= verify_fields(writer.preview(fields), model, resolved)
+        if said := remark(fields["parity"]):
+            fields["warnings"] = [*warnings, said]
     report("hashing and moving into place", 0.95)
     bundle = writer.finish(fields)
     report("done", 1.0)
@@ -275,6 +278,8 @@ def preprocessing(config: ViTConfig) -> dict[str, Any]:
 def verify_fields(bundle: Bundle, model: PrunedViT, resolved: Resolved) -> dict[str, Any]:
     """Return the manifest's `parity`, and `densities` with one each, on inputs that no graph was made of.
 
+    Graphs for a device are emulated on the processor, in every form the device may run.
+
     Args:
         bundle: the graphs as written.
         model: the reference in eval mode.
@@ -283,14 +288,31 @@ def verify_fields(bundle: Bundle, model: PrunedViT, resolved: Resolved) -> dict[
     Raises:
         BuildError: `parity` when a graph is outside the limits of its precision.
     """
+    if resolved.target.device is None:
+        return verify_form(open_session(bundle), model, resolved)
+    from edgeprune.export.emulate import forms_of, open_emulated
+
+    fields: dict[str, Any] = {}
+    for _, form in forms_of(bundle):
+        found = verify_form(open_session(form, open_graph=open_emulated), model, resolved)
+        fields = fields or found
+    return fields
+
+
+def open_session(bundle: Bundle, **options: Any) -> Session:
+    """Return a session that leaves the processor to others; `options` as of `Session`."""
     from edgeprune.runtime.session import Session
 
-    session = Session(bundle, spinning=False, check_hashes=False)
-    manifest = bundle.manifest
-    if not manifest.densities:
+    return Session(bundle, spinning=False, check_hashes=False, **options)
+
+
+def verify_form(session: Session, model: PrunedViT, resolved: Resolved) -> dict[str, Any]:
+    """Return what `verify_fields` does, of one form of a bundle."""
+    densities = session.manifest.densities
+    if not densities:
         return {"parity": verify_session(session, model)}
     found = []
-    for density in manifest.densities:
+    for density in densities:
         session.density = density.keep_rate
         parity = verify_session(session, model.with_stages(resolved.densities[density.keep_rate]))
         found.append(density.model_copy(update={"parity": parity}))

@@ -1,13 +1,14 @@
 """Typed graphs on a processor: float32 arithmetic, every float16 or bfloat16 tensor rounded to its type.
 
-What a GPU computes with float32 accumulators, and more honest than handing the graph to ONNX Runtime, whose CPU provider
-has no such arithmetic: it would leave out the rounding between two operators. Values may differ from a device in the order
-of additions and where it fuses operators, which rounds less.
+That is what a GPU computes with float32 accumulators. ONNX Runtime's CPU provider has no such arithmetic: given the
+typed graph, it leaves out the rounding between two operators. A device differs in the order of additions, and rounds
+less where it fuses operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from onnx import TensorProto, helper
 
 from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, functions
 from edgeprune.export.passes.assign_types import LOW_TYPES, MOVES
+from edgeprune.export.writer import graph_info
+from edgeprune.runtime.bundle import Bundle
+from edgeprune.runtime.manifest import TensorInfo
 from edgeprune.runtime.ort import OrtBackend
 
 LOW = frozenset(int(kind) for kind in LOW_TYPES.values())
@@ -25,19 +29,34 @@ FLOAT = int(TensorProto.FLOAT)
 def open_emulated(path: Path, **options: Any) -> OrtBackend:
     """Return the graph in a file ready to run on this machine's processor; `options` as of `OrtBackend`.
 
-    Inputs and outputs of a low type are float32 arrays that hold such values.
+    Inputs and outputs of a low type are listed as such, and are float32 arrays of values of that type.
 
     Raises:
         InputError: `graph-invalid`.
         EnvironmentLackError: `package-missing`.
     """
-    model = emulated(onnx.load(path, load_external_data=False))
-    beside = path.with_name(f".{path.stem}.emulated.onnx")  # its weights lie beside it
-    beside.write_bytes(model.SerializeToString())
-    try:
-        return OrtBackend(beside, **options)
-    finally:
-        beside.unlink()
+    model = onnx.load(path, load_external_data=False)
+    backend = OrtBackend(path, graph=emulated(model).SerializeToString(), **options)
+    told = graph_info(model, path.name)
+    backend.inputs, backend.outputs = ([TensorInfo(**info) for info in told[side]] for side in ("inputs", "outputs"))
+    return backend
+
+
+def forms_of(bundle: Bundle) -> Iterator[tuple[str, Bundle]]:
+    """Yield every form in which a device may run a bundle, with its name: as it is, with plugin nodes, told."""
+    manifest = bundle.manifest
+    yield "", bundle
+    variants = {g.variant_of: g for g in manifest.graphs.values() if g.variant_of is not None}
+    if variants:
+        yield (
+            "with plugin nodes",
+            replace(bundle, manifest=manifest.model_copy(update={"graphs": {**manifest.graphs, **variants}})),
+        )
+    adaptive = manifest.adaptive
+    if adaptive is not None and adaptive.told is not None:
+        buckets = [bucket.model_copy(update={"graph": adaptive.told}) for bucket in adaptive.buckets]
+        told = adaptive.model_copy(update={"buckets": buckets})
+        yield "told its sizes", replace(bundle, manifest=manifest.model_copy(update={"adaptive": told}))
 
 
 def emulated(model: onnx.ModelProto) -> onnx.ModelProto:

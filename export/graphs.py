@@ -14,12 +14,11 @@ import numpy as np
 
 from edgeprune.export.buckets import Bucket, given_buckets, parse_buckets
 from edgeprune.export.calibrate import Rests, calibrate
-from edgeprune.export.ops import DOMAIN
 from edgeprune.export.pipeline import lower, run_plan_passes
 from edgeprune.export.plan import Counts, Plan, build_plan
 from edgeprune.export.request import Resolved
 from edgeprune.export.targets.registry import get_target
-from edgeprune.export.writer import WeightStore
+from edgeprune.export.writer import WeightStore, graph_info
 from edgeprune.pruning.adaptive import with_capacities
 from edgeprune.pruning.base import Constant, Reducer, Stage, TopK
 from edgeprune.pruning.random import NoScorer, constant_selector
@@ -278,25 +277,3 @@ class MeasuredRests:
             prepack = self._told or name == "dense"
             self._backends[name] = OrtBackend(path, threads=THREADS, spinning=False, prepack=prepack)
         return self._backends[name]
-
-
-def graph_info(model: Any, file: str) -> dict[str, Any]:
-    """Return the manifest's entry of a graph; dynamic dimensions are -1."""
-    from onnx import helper
-
-    def tensors(values: Any) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": value.name,
-                "dtype": helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
-                "shape": [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim],
-            }
-            for value in values
-        ]
-
-    return {
-        "file": file,
-        "inputs": tensors(model.graph.input),
-        "outputs": tensors(model.graph.output),
-        "plugin": any(node.domain == DOMAIN for node in model.graph.node) and not model.functions,
-    }

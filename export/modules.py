@@ -10,9 +10,9 @@ import numpy as np
 
 from edgeprune.errors import InputError
 from edgeprune.export.api import Progress, preprocessing, silent, verify_session, write_bundle
-from edgeprune.export.graphs import graph_info
 from edgeprune.export.request import ExportRequest, check_batch, check_selection, resolve
 from edgeprune.export.targets.registry import get_target
+from edgeprune.export.writer import graph_info
 from edgeprune.models.config import ViTConfig
 
 if TYPE_CHECKING:

@@ -39,8 +39,8 @@ class ExportRequest:
         calibration_images: how many of them.
         token_outputs: also return what each stage kept.
         dead_rows: do not compute rows nobody reads.
-        selection: "native", "plugin", or "auto" for both, of which the device takes the faster; None for what the target
-            does by itself.
+        selection: "native", "plugin", or "auto" for both, of which the device takes the faster; None for the target's
+            own choice.
         verify: compare with PyTorch on fresh inputs before the bundle is finished.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from edgeprune.errors import InternalError
-from edgeprune.export.ops import functions
+from edgeprune.export.ops import DOMAIN, functions
 
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference can read them
 ALIGNMENT = 4096  # page size, so that a runtime can map tensors straight from the file
@@ -89,3 +90,24 @@ def write_graph(
         model.functions.extend({node.op: functions.function_of(node, graph.opset) for node in ours}.values())
     path.write_bytes(model.SerializeToString())
     return model
+
+
+def graph_info(model: Any, file: str) -> dict[str, Any]:
+    """Return the manifest's entry of a graph; dynamic dimensions are -1."""
+
+    def tensors(values: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": value.name,
+                "dtype": helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                "shape": [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim],
+            }
+            for value in values
+        ]
+
+    return {
+        "file": file,
+        "inputs": tensors(model.graph.input),
+        "outputs": tensors(model.graph.output),
+        "plugin": any(node.domain == DOMAIN for node in model.graph.node) and not model.functions,
+    }

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.checks.compare import compare_session, failures
-from edgeprune.errors import CheckFailed, InputError, missing_package
+from edgeprune.checks.compare import compare_session, failures, remark
+from edgeprune.errors import CheckFailed, EnvironmentLackError, InputError, missing_package
 from edgeprune.models.config import ViTConfig
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Stage
@@ -16,6 +16,8 @@ from edgeprune.pruning.counts import StageCounts
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.manifest import Manifest, MethodInfo, ParityInfo, StageInfo
 from edgeprune.runtime.session import Session
+
+__all__ = ["check_parity", "model_from_manifest", "open_for_checks", "remark", "verify_bundle"]
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +29,7 @@ def verify_bundle(
     bundle: Bundle,
     model: nn.Module,
     *,
+    session: Session | None = None,
     images: int = 8,
     seed: int = 1,
     tolerance: float | None = None,
@@ -37,6 +40,7 @@ def verify_bundle(
     Args:
         bundle: its pruned graphs are compared.
         model: the reference in eval mode: a `PrunedViT`, or any module images -> logits.
+        session: runs the bundle; None opens one.
         images: number of inputs.
         seed: of the inputs.
         tolerance: largest relative error of the logits; None takes that of the precision.
@@ -45,12 +49,38 @@ def verify_bundle(
     Raises:
         InputError: `parity-precision`, or those of `Session`.
     """
-    session = Session(bundle, spinning=False, check_hashes=False, density=density)
+    session = session or open_for_checks(bundle)[0]
     if density is not None:
+        session.density = density
         info = next(d for d in bundle.manifest.densities if d.keep_rate == density)
         method, config = bundle.manifest.method, config_from_manifest(bundle.manifest)
         model = model.with_stages(stages_from_manifest(method, config, info.stages))  # type: ignore[operator]
     return compare_session(session, model, images=images, seed=seed, tolerance=tolerance)
+
+
+def open_for_checks(bundle: Bundle, **options: Any) -> tuple[Session, str | None]:
+    """Return a session, and why it emulates on this machine's processor what the bundle is for; None when it does not.
+
+    Args:
+        bundle: to be run.
+        options: as of `Session`.
+
+    Raises:
+        InputError: those of `Session`.
+        EnvironmentLackError: for a bundle of the processor that cannot run here.
+    """
+    options = {"spinning": False, "check_hashes": False, **options}
+    try:
+        return Session(bundle, **options), None
+    except EnvironmentLackError as error:
+        from edgeprune.export.targets.registry import TARGETS
+
+        target = TARGETS.get(bundle.manifest.target)
+        if target is None or target.device is None:
+            raise
+        from edgeprune.export.emulate import open_emulated
+
+        return Session(bundle, open_graph=open_emulated, **options), error.message
 
 
 def check_parity(parity: ParityInfo, precision: str) -> None:

@@ -61,7 +61,9 @@ from edgeprune.runtime.manifest import StageInfo
 @click.option("--token-outputs", is_flag=True, help="The graph also returns what each stage kept.")
 @click.option("--no-dead-rows", is_flag=True, help="Compute rows nobody reads, as the literature does.")
 @click.option(
-    "--selection", type=click.Choice(["native", "plugin"]), default="native", help="Standard ops, or the edgeprune op."
+    "--selection",
+    type=click.Choice(["auto", "native", "plugin"]),
+    help="Standard ops, the edgeprune op, or both, to choose from on the device (trt-*, their default).",
 )
 @click.option("--opset", type=int, metavar="N", help="Instead of the target's own.")
 @click.option(

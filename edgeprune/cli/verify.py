@@ -29,17 +29,22 @@ def command(
     from edgeprune.runtime.bundle import load_bundle
 
     loaded = load_bundle(bundle)
-    from edgeprune.checks.parity import check_parity, model_from_manifest, verify_bundle
+    from edgeprune.checks.parity import check_parity, model_from_manifest, open_for_checks, remark, verify_bundle
 
     rates: list[float | None] = [d.keep_rate for d in loaded.manifest.densities] or [None]
     found: dict[float | None, ParityInfo] = {}
+    session, emulated = open_for_checks(loaded)
     with ui.steps() as report:
         report("rebuilding the model in torch", 0.0)
         model = model_from_manifest(loaded.manifest, checkpoint)
         for i, rate in enumerate(rates):
             report("comparing", 0.3 + 0.7 * i / len(rates))
-            found[rate] = verify_bundle(loaded, model, images=images, seed=seed, tolerance=tolerance, density=rate)
-    ui.results = {"bundle": str(bundle), "seed": seed, "parity": found[rates[0]].model_dump()}
+            found[rate] = verify_bundle(
+                loaded, model, session=session, images=images, seed=seed, tolerance=tolerance, density=rate
+            )
+    ui.results = {"bundle": str(bundle), "seed": seed, "emulated": emulated, "parity": found[rates[0]].model_dump()}
+    if emulated is not None:
+        ui.note(f"emulated on this machine's processor, float32 with every tensor rounded to its type: {emulated}")
     if len(rates) > 1:
         ui.results["densities"] = [{"keep_rate": r, "parity": p.model_dump()} for r, p in found.items()]
     for rate, parity in found.items():
@@ -47,6 +52,8 @@ def command(
     if found[rates[-1]].kept_overlap is None and loaded.manifest.method.stages:
         ui.note("kept tokens are not compared: the bundle was exported without --token-outputs")
     for parity in found.values():
+        if said := remark(parity):
+            ui.warn(said)
         check_parity(parity, loaded.manifest.precision)
     ui.note("PASSED: the bundle agrees with PyTorch")
     return ui.results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ _FOLLOWING = ("computed", "ragged")  # forms whose shapes follow the image
 _ORT_PROVIDERS = {"onnx": ("CPUExecutionProvider",), "ort-cpu": ("CPUExecutionProvider",)}
 _ANY_BATCH = ("computed", "buckets")  # forms whose runner takes the bundle's batch apart
 _BASELINES = ("dense", "random")
+OpenGraph = Callable[..., Backend]
 
 
 class Opener:
@@ -26,10 +28,17 @@ class Opener:
         bundle: whose graphs are opened.
         options: of the backend, such as `threads`.
         prepack: see `OrtBackend`; None says no where several rests of the same weights are open.
+        open_graph: opens a graph's file in place of what the target runs on, with the options and `prepack`.
     """
 
-    def __init__(self, bundle: Bundle, options: dict[str, Any], prepack: bool | None = None) -> None:
-        self.bundle, self.options, self.prepack = bundle, options, prepack
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: dict[str, Any],
+        prepack: bool | None = None,
+        open_graph: OpenGraph | None = None,
+    ) -> None:
+        self.bundle, self.options, self.prepack, self.open_graph = bundle, options, prepack, open_graph
         self._open: dict[str, Backend] = {}
 
     def runners(self, graph: str) -> dict[float | None, Runner]:
@@ -66,23 +75,29 @@ class Opener:
     def backend(self, graph: str, *, prepack: bool = True) -> Backend:
         """Return a graph ready to run, opened once."""
         if graph not in self._open:
-            path, target = self.bundle.graph_path(graph), self.bundle.manifest.target
-            if target == _ORT_CUDA:
-                adaptive = self.bundle.manifest.adaptive
-                follows = adaptive is not None and adaptive.form in _FOLLOWING and graph not in _BASELINES
-                opened: OrtBackend = OrtCudaBackend(path, graphs=not follows)
-            elif target in _ORT_PROVIDERS:
-                opened = OrtBackend(path, providers=_ORT_PROVIDERS[target], prepack=prepack, **self.options)
+            path = self.bundle.graph_path(graph)
+            if self.open_graph is not None:
+                opened = self.open_graph(path, prepack=prepack, **self.options)
             else:
-                raise EnvironmentLackError(
-                    f"this version of edgeprune cannot run the target '{target}'",
-                    code="target-not-runnable",
-                    expected=f"one of {', '.join([*_ORT_PROVIDERS, _ORT_CUDA])}",
-                    hint="export for one of these targets, or upgrade edgeprune",
-                )
+                opened = self._open_here(graph, path, prepack)
             self._check(graph, path, opened)
             self._open[graph] = opened
         return self._open[graph]
+
+    def _open_here(self, graph: str, path: Path, prepack: bool) -> Backend:
+        """Open a graph on what the target runs on."""
+        target, adaptive = self.bundle.manifest.target, self.bundle.manifest.adaptive
+        if target in _ORT_PROVIDERS:
+            return OrtBackend(path, providers=_ORT_PROVIDERS[target], prepack=prepack, **self.options)
+        if target == _ORT_CUDA:
+            follows = adaptive is not None and adaptive.form in _FOLLOWING and graph not in _BASELINES
+            return OrtCudaBackend(path, graphs=not follows)
+        raise EnvironmentLackError(
+            f"this version of edgeprune cannot run the target '{target}'",
+            code="target-not-runnable",
+            expected=f"one of {', '.join([*_ORT_PROVIDERS, _ORT_CUDA])}",
+            hint="export for one of these targets, or upgrade edgeprune",
+        )
 
     def _check(self, graph: str, path: Path, backend: Backend) -> None:
         """Refuse a graph whose interface is not the one the manifest describes."""

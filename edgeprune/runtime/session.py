@@ -16,7 +16,7 @@ from edgeprune.errors import InputError
 from edgeprune.runtime.bundle import Bundle, load_bundle
 from edgeprune.runtime.governor import Policy
 from edgeprune.runtime.manifest import Manifest
-from edgeprune.runtime.opener import Opener
+from edgeprune.runtime.opener import Opener, OpenGraph
 from edgeprune.runtime.pace import DensityStep, Pace
 from edgeprune.runtime.prefetch import prepare_ahead
 from edgeprune.runtime.router import BUCKET, IMAGES, KEPT, KEPT_COUNTS, OVERFLOW, Runner, Trace
@@ -85,6 +85,7 @@ class Session:
         deadline_ms: milliseconds a run shall take; a governor then chooses the density, see `Pace` and `Policy`. Every
             density is run a few times first, to know what it costs here.
         prepack: see `OrtBackend`; None says no for a bundle with several graphs of the same weights beside a stem.
+        open_graph: opens a graph's file in place of what the target runs on; see `Opener`.
 
     Raises:
         InputError: those of `load_bundle`; `graph-missing`, `graph-invalid`, `threads`, `density`, `deadline`;
@@ -103,11 +104,12 @@ class Session:
         density: float | None = None,
         deadline_ms: float | Policy | None = None,
         prepack: bool | None = None,
+        open_graph: OpenGraph | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, check_hashes=check_hashes)
         if threads < 0:
             raise InputError(f"{threads} threads", code="threads", expected="0 (every core) or more")
-        opener = Opener(self.bundle, {"threads": threads, "spinning": spinning}, prepack)
+        opener = Opener(self.bundle, {"threads": threads, "spinning": spinning}, prepack, open_graph)
         self._runners = opener.runners(graph)
         # one attribute for both, so that a run in another thread never sees half a switch
         self._chosen: tuple[float | None, Runner] = next(iter(self._runners.items()))

@@ -146,8 +146,10 @@ class GraphBuilder:
         return self.constant(f"const.f32.{value!r}", np.array(value, np.float32))
 
     def reshape(self, x: gs.Tensor, shape: Shape, *, name: str = "reshape", dtype: Any = None) -> gs.Variable:
-        """Reshape; at most one dimension may be dynamic (a name or a multiple of it, passed as -1)."""
+        """Reshape; besides the batch, if it stays in front, at most one dimension may be dynamic (passed as -1)."""
         dims = [d if isinstance(d, int) else -1 for d in shape]
+        if dims.count(-1) > 1 and shape[0] == x.shape[0]:
+            dims[0] = 0  # as it is
         return self.node("Reshape", [x, self.ints(*dims)], shape=shape, name=name, dtype=dtype or x.dtype)
 
     def transpose(self, x: gs.Tensor, perm: Sequence[int], *, name: str = "transpose") -> gs.Variable:

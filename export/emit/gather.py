@@ -107,7 +107,8 @@ def gather_also(e: Emission, chosen: Chosen, tokens: gs.Tensor) -> gs.Tensor:
 def gather_tokens_node(e: Emission, tokens: gs.Tensor, indices: gs.Tensor) -> gs.Tensor:
     """Return the prefix and the patch tokens at indices [B, K] int32 of tokens [B, P+N, D]."""
     P = e.plan.config.num_prefix_tokens
-    shape = [tokens.shape[0], P + indices.shape[1], tokens.shape[2]]
+    K = indices.shape[1]
+    shape = [tokens.shape[0], None if K is None else P + K, tokens.shape[2]]
     attrs = {"num_prefix_tokens": P, **PLUGIN_FIELDS}
     return e.g.node("GatherTokens", [tokens, indices], shape=shape, name="gather_tokens", domain=DOMAIN, **attrs)
 

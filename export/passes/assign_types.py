@@ -1,7 +1,7 @@
 """Graph pass: write the types of a lower precision into a float32 graph.
 
 Most engines want them there: TensorRT 11 knows no precision flags. What the emitter marked as precise stays float32:
-scores and everything that compares them, normalisation, sums over many tokens. So do the inputs and outputs of the graph.
+scores and everything that compares them, normalisation, sums over many tokens; so do inputs and outputs of the graph.
 Nodes that only move values take the type of what they move.
 """
 

@@ -15,13 +15,14 @@ from edgeprune.errors import InternalError
 def expand_cumsum(graph: gs.Graph) -> gs.Graph:
     """Replace every CumSum over the second axis of a matrix [B, N]."""
     nodes: list[gs.Node] = []
+    triangles: dict[str, gs.Constant] = {}
     for node in list(graph.nodes):
-        nodes.extend(_expand(node) if node.op == "CumSum" else [node])
+        nodes.extend(_expand(node, triangles) if node.op == "CumSum" else [node])
     graph.nodes = nodes
     return graph
 
 
-def _expand(node: gs.Node) -> list[gs.Node]:
+def _expand(node: gs.Node, triangles: dict[str, gs.Constant]) -> list[gs.Node]:
     x, axis = node.inputs
     (out,) = node.outputs
     name, strict = node.name, bool(node.attrs.get("exclusive", 0))
@@ -30,7 +31,13 @@ def _expand(node: gs.Node) -> list[gs.Node]:
     node.inputs.clear()
     node.outputs.clear()
     B, N = x.shape
-    made, triangle = _triangle(name, x, N, strict)
+    made: list[gs.Node] = []
+    if isinstance(N, int):
+        label = f"const.triangle_{N}{'_strict' if strict else ''}"
+        values = np.tri(N, N, -1 if strict else 0, dtype=np.float32)[None]
+        triangle: gs.Tensor = triangles.setdefault(label, gs.Constant(label, values))
+    else:
+        made, triangle = _made_triangle(name, x, strict)
     one = gs.Constant(f"{name}.axis", np.array([1], np.int64))
     row = gs.Variable(f"{name}.row", np.float32, [B, 1, N])
     masked = gs.Variable(f"{name}.masked", np.float32, [B, N, N])
@@ -43,11 +50,8 @@ def _expand(node: gs.Node) -> list[gs.Node]:
     ]
 
 
-def _triangle(name: str, x: gs.Tensor, N: int | None, strict: bool) -> tuple[list[gs.Node], gs.Tensor]:
-    """Return ones where a column is summed into a row [1, N, N], and the nodes that make it where N is no constant."""
-    if isinstance(N, int):
-        values = np.tri(N, N, -1 if strict else 0, dtype=np.float32)[None]
-        return [], gs.Constant(f"{name}.triangle", values)
+def _made_triangle(name: str, x: gs.Tensor, strict: bool) -> tuple[list[gs.Node], gs.Tensor]:
+    """Return nodes that make ones where a column is summed into a row, [N, N] for x [B, N], and their output."""
     names = ("shape", "number", "scalar", "places", "column", "before", "triangle")
     shape, number, scalar, places, column, before, triangle = (gs.Variable(f"{name}.{label}") for label in names)
 

@@ -1,7 +1,7 @@
 """Graph pass: missing scores found by a comparison.
 
-TensorRT 8 imports IsNaN as `x != x`, which an optimizer may fold away. No comparison with NaN is true, so a score that is
-not at least the smallest number is missing; minus infinity counts as missing too.
+TensorRT 8 imports IsNaN as `x != x`, which an optimizer may fold away. No comparison with NaN is true, so a score that
+is not at least the smallest number is missing; minus infinity counts as missing too.
 """
 
 from __future__ import annotations

@@ -32,9 +32,10 @@ def graph_passes(selection: str, batch: tuple[int, int]) -> tuple[GraphPass, ...
     from edgeprune.export.passes.expand_cumsum import expand_cumsum
     from edgeprune.export.passes.expand_isnan import expand_isnan
     from edgeprune.export.passes.lower_selection import inline_bodies
+    from edgeprune.export.passes.narrow_inputs import narrow_inputs
 
     lowered = () if selection == "plugin" else (inline_bodies,)
-    return (*lowered, expand_cumsum, expand_isnan, drop_dead_nodes)
+    return (*lowered, expand_cumsum, expand_isnan, narrow_inputs, drop_dead_nodes)
 
 
 def lint_rules() -> tuple[Rule, ...]:

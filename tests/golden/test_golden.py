@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[float, str | None, dict[str, str]]] = {
     "cropr": (1.0, "1,2", {"tokens_per_block": "4"}),
     "tome": (1.0, "1,2", {"r": "3"}),
 }
-TARGETS = ["onnx", "ort-cpu"]
+TARGETS = ["onnx", "ort-cpu", "trt-fp16"]
 SHOWN_VALUES = 8
 
 

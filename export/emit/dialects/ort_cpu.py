@@ -46,10 +46,13 @@ class OrtCpuDialect(PlainDialect):
         self, g: GraphBuilder, images: gs.Tensor, weight: np.ndarray, bias: np.ndarray, grid: Sequence[int]
     ) -> gs.Tensor:
         """Return [B, N, D]: patches cut by a transpose, projected by one Gemm."""
-        D, _, ph, pw = weight.shape
-        x = self.to_rows(g, cut_patches(g, images, grid, (ph, pw)))
+        D, C, ph, pw = weight.shape
+        (rows, cols), B = grid, g.batch
+        x = cut_patches(g, images, grid, (ph, pw))
+        count = B * rows * cols if isinstance(B, int) else None
+        x = g.reshape(x, [count, C * ph * pw], name="flatten")
         x = self.linear(g, "proj", x, weight.reshape(D, -1), bias, "patch_embed.proj.flat")
-        return self.to_tokens(g, x, grid[0] * grid[1])
+        return g.reshape(x, [B, rows * cols, D], name="tokens")
 
     def keys(self, g: GraphBuilder, k: gs.Tensor, tokens: int | None, heads: int) -> gs.Tensor:
         """Return the keys [B, T, D]; heads stay merged."""

@@ -15,11 +15,10 @@ from edgeprune.export.emit.builder import GraphBuilder
 
 
 def cut_patches(g: GraphBuilder, images: gs.Tensor, grid: Sequence[int], patch: Sequence[int]) -> gs.Variable:
-    """Return images [B, C, H, W] as the pixels of every patch [B, N, C * ph * pw]."""
-    (rows, cols), (ph, pw), C = grid, patch, images.shape[1]
-    x = g.reshape(images, [g.batch, C, rows, ph, cols, pw], name="cut")
-    x = g.transpose(x, [0, 2, 4, 1, 3, 5], name="patches")
-    return g.reshape(x, [g.batch, rows * cols, C * ph * pw], name="flatten")
+    """Return images [B, C, H, W] by patches [B, rows, cols, C, ph, pw]."""
+    (rows, cols), (ph, pw) = grid, patch
+    x = g.reshape(images, [g.batch, images.shape[1], rows, ph, cols, pw], name="cut")
+    return g.transpose(x, [0, 2, 4, 1, 3, 5], name="patches")
 
 
 class PlainDialect:
@@ -94,9 +93,10 @@ class PlainDialect:
 
         One convolution, or a product of cut patches where the standard has no convolution of the precision.
         """
-        D, _, ph, pw = weight.shape
+        D, C, ph, pw = weight.shape
         if self.precision == "bf16":
             patches = cut_patches(g, images, grid, (ph, pw))
+            patches = g.reshape(patches, [g.batch, grid[0] * grid[1], C * ph * pw], name="flatten")
             return self.linear(g, "proj", patches, weight.reshape(D, -1), bias, "patch_embed.proj.flat")
         key = "patch_embed.proj"
         inputs = [images, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
@@ -114,7 +114,9 @@ class PlainDialect:
         inputs = [x, g.constant(f"{key}.weight", weight), g.constant(f"{key}.bias", bias)]
         pads = [k // 2 for k in kernel] * 2
         with g.precise(self.precision == "bf16"):
-            return g.node("Conv", inputs, shape=shape, name=name, kernel_shape=kernel, strides=[stride, stride], pads=pads)
+            return g.node(
+                "Conv", inputs, shape=shape, name=name, kernel_shape=kernel, strides=[stride, stride], pads=pads
+            )
 
     def split_heads(self, g: GraphBuilder, name: str, x: gs.Tensor, heads: int, perm: Sequence[int]) -> gs.Tensor:
         """Return x [B, T, D] as [B, T, H, d] permuted."""

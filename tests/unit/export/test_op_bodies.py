@@ -16,7 +16,6 @@ from edgeprune.errors import BuildError
 from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, PLUGIN_FIELDS, gather_tokens, topk_gather
 from edgeprune.export.ops.functions import function_for
 from edgeprune.export.passes.lower_selection import attach_bodies, flatten_selection, inline_bodies
-from edgeprune.export.writer import IR_VERSION
 from edgeprune.pruning import ops
 from tests.helpers.lowering import run_onnx
 from tests.helpers.scores import awkward_batch
@@ -69,7 +68,7 @@ def topk_model(
     )
     functions = [function_for("TopKGather", opset, order, mode), function_for("GatherTokens", opset)]
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
-    return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION)
+    return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
 
 
 def lowered_by(graph_pass: object, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -78,7 +77,7 @@ def lowered_by(graph_pass: object, model: onnx.ModelProto) -> onnx.ModelProto:
     copy.CopyFrom(model)
     del copy.functions[:]
     graph = graph_pass(gs.import_onnx(copy))
-    exported = gs.export_onnx(graph.cleanup().toposort(), ir_version=IR_VERSION)
+    exported = gs.export_onnx(graph.cleanup().toposort(), ir_version=10)
     onnx.checker.check_model(exported, full_check=True)
     assert {node.domain for node in exported.graph.node} <= {"", "ai.onnx"}
     return exported
@@ -196,7 +195,7 @@ def test_body_of_gather_tokens_runs_alone_for_any_batch() -> None:
     )
     imports = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
     functions = [function_for("GatherTokens", 17)]
-    model = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION)
+    model = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     rng = np.random.default_rng(0)
     for batch in (1, 3):
@@ -297,7 +296,7 @@ def scatter_model(batch: int | str, opset: int) -> onnx.ModelProto:
     )
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
     functions = [function_for("ScatterTokens", opset)]
-    return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION)
+    return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
 
 
 @pytest.mark.parametrize("opset", [13, 17, 21])

@@ -15,15 +15,21 @@ def test_table_lists_what_the_design_names() -> None:
     assert all(name == target.name and target.summary for name, target in TARGETS.items())
 
 
-@pytest.mark.parametrize("name", ["onnx", "ort-cpu"])
+BUILT = {
+    "onnx": "fp32", "ort-cpu": "fp32", "ort-cuda-fp16": "fp16",
+    "trt-fp32": "fp32", "trt-fp16": "fp16", "trt-bf16": "bf16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILT)
 def test_built_target_is_available_and_whole(name: str) -> None:
     target = get_target(name)
     assert target.why_unavailable() is None
     assert target.built and target.passes and target.rules
-    assert target.opset in target.opsets and target.precision == "fp32"
+    assert target.opset in target.opsets and target.precision == BUILT[name]
 
 
-@pytest.mark.parametrize("name", [n for n in TARGETS if n not in ("onnx", "ort-cpu")])
+@pytest.mark.parametrize("name", [n for n in TARGETS if n not in BUILT])
 def test_planned_target_says_why_not(name: str) -> None:
     assert "not in this version" in str(TARGETS[name].why_unavailable())
     with pytest.raises(EnvironmentLackError) as caught:
