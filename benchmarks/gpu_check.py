@@ -174,6 +174,7 @@ def prepare(arguments: argparse.Namespace) -> int:
     outcomes = run_steps(
         announced(steps), lacking=lacking, budget_s=arguments.budget, execute=run, clock=time.monotonic
     )
+    weights_path(setting).unlink(missing_ok=True)
     print(summary(outcomes))
     print(f"\nnext, on the GPU host: benchmarks/gpu_check.sh --bundles {arguments.prepare}")
     return exit_code(outcomes, {"device": lacking["export"]} if lacking else {})
@@ -220,7 +221,7 @@ def make_steps(setting: Setting) -> list[Step]:
 
 def export_steps(setting: Setting, needs: tuple[str, ...]) -> Iterator[Step]:
     """Yield the exports, and before them the checkpoint one of them takes; none for bundles that were prepared."""
-    weights = setting.bundles / "sharpened.safetensors"
+    weights = weights_path(setting)
     script = (sys.executable, "benchmarks/_sharpened.py", setting.model, "sait", str(weights), SAIT_OPTION)
     for name, options in BUNDLES.items() if setting.exported else ():
         takes = "{weights}" in options
@@ -441,6 +442,11 @@ def command(setting: Setting, verb: str, *words: str) -> tuple[str, ...]:
 def bundle_path(setting: Setting, name: str) -> str:
     """Return where a bundle is."""
     return str(setting.bundles / name)
+
+
+def weights_path(setting: Setting) -> Path:
+    """Return where the checkpoint lies that a bundle is made of."""
+    return setting.bundles / "sharpened.safetensors"
 
 
 def kernels_file(setting: Setting) -> str:
