@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from edgeprune.export.buckets import (
     histogram,
 )
 from edgeprune.export.buckets import simulate as expect
+from edgeprune.export.turns import measure_in_turns
 from edgeprune.pruning.adaptive import with_capacities
 from edgeprune.pruning.base import Stage
 from edgeprune.runtime.manifest import BucketInfo, CalibrationInfo, PreprocessInfo
@@ -39,11 +39,9 @@ if TYPE_CHECKING:
 
 CHUNK = 8  # images per run of the torch model
 GRID = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the slots: where the curve is measured
-ROUNDS = 12
 FIT_IMAGES = 64  # with filled slots every bucket is tried out, on so many images in all
 FILL_MARGIN = 1.1
 Report = Callable[[str, float], None]
-K = TypeVar("K")
 STEM: Bucket = ()
 DENSE: Bucket = (0,)
 
@@ -244,15 +242,3 @@ def blocks_per_stage(stages: Sequence[Stage], depth: int) -> list[int]:
     """Return how many blocks run with the tokens each stage leaves."""
     starts = [stage.block for stage in stages]
     return [end - start for start, end in zip(starts, [*starts[1:], depth], strict=True)]
-
-
-def measure_in_turns(calls: Mapping[K, Callable[[], object]], rounds: int = ROUNDS) -> dict[K, float]:
-    """Return the median milliseconds of each call, all taking turns; the first round does not count."""
-    samples: dict[K, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            start = perf_counter()
-            call()
-            if i:
-                samples[name].append((perf_counter() - start) * 1000)
-    return {name: float(np.median(values)) for name, values in samples.items()}

@@ -66,6 +66,42 @@ class BatchRange(click.ParamType):
         return low, high
 
 
+class Batches(click.ParamType):
+    """1,8: batch sizes."""
+
+    name = "LIST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the sizes, each once, the smallest first."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+            self.fail(f"'{value}' is not a list of batches; expected for example 1 or 1,8", param, ctx)
+        return tuple(sorted({int(part) for part in parts}))
+
+
+class ByteSize(click.ParamType):
+    """1GiB, 512MiB, 1.5GB: a size with its unit."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])(i?)B", value.strip(), re.IGNORECASE)
+        size = 0
+        if match:
+            base = 1024 if match[3] else 1000
+            size = int(float(match[1]) * base ** ("KMG".index(match[2].upper()) + 1))
+        if not 0 < size < 1 << 50:
+            self.fail(
+                f"'{value}' is not a size; expected a number and KiB, MiB, GiB, KB, MB or GB, as in 1GiB", param, ctx
+            )
+        return size
+
+
 def key_values(texts: Iterable[str], option: str) -> dict[str, str]:
     """Return KEY=VALUE texts as a dictionary; hyphens in keys become underscores.
 

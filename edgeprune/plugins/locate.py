@@ -58,12 +58,17 @@ def chosen(candidates: tuple[Candidate, ...]) -> Candidate | None:
     return next((candidate for candidate in candidates if candidate.passed_over is None), None)
 
 
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return where `edgeprune plugins build` puts the libraries of this version."""
+def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the user's cache of edgeprune."""
     base = Path(environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # unset, or relative, which the XDG specification says to ignore
         base = Path(environ.get("HOME") or "~").expanduser() / ".cache"
-    return base / "edgeprune" / "plugins" / __version__
+    return base / "edgeprune"
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return where `edgeprune plugins build` puts the libraries of this version."""
+    return cache_root(environ) / "plugins" / __version__
 
 
 def source_folder() -> Path | None:

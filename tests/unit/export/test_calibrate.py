@@ -14,7 +14,7 @@ from PIL import Image
 
 from edgeprune.errors import InputError
 from edgeprune.export import ExportRequest, calibrate, export_model
-from edgeprune.export.calibrate import blocks_per_stage, measure_in_turns
+from edgeprune.export.calibrate import blocks_per_stage
 from tests.helpers.lowering import small, stages_of
 
 CHECKPOINTS = Path(__file__).parents[3] / "checkpoints"
@@ -101,11 +101,3 @@ def test_blocks_belong_to_the_stage_before_them() -> None:
     config = small(depth=12)
     assert blocks_per_stage(stages_of(config, "asvit", 1.0), 12) == [3, 3, 2]
     assert blocks_per_stage(stages_of(config, "sait", 1.0), 12) == [9]
-
-
-def test_calls_are_timed_in_turns() -> None:
-    order: list[str] = []
-    found = measure_in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3)
-    assert order == ["a", "b"] * 4
-    assert found.keys() == {"a", "b"}
-    assert all(ms >= 0 for ms in found.values())
