@@ -58,6 +58,13 @@ BUNDLES: dict[str, tuple[str, ...]] = {
     "cuda": (*EVIT, "--keep-rate", "0.7", "--target", "ort-cuda-fp16", "--batch", "1:32"),
 }
 TENSORRT = ("device", "tensorrt", "pycuda")
+# Ways to build a bundle's engines.
+WAYS: dict[str, tuple[str, ...]] = {
+    "native": ("--selection", "native"),
+    "plugin": ("--selection", "plugin"),
+    "profiles": ("--selection", "native", "--engines", "profiles"),
+    "per-bucket": ("--selection", "native", "--engines", "per-bucket"),
+}
 
 
 @dataclass(frozen=True)
@@ -184,11 +191,11 @@ def make_steps(setting: Setting) -> list[Step]:
     """Return all steps, the most valuable first."""
     exports = {step.name: step for step in export_steps(setting, needs=("device", "export"))}
     steps = [Step("doctor", "what is installed", command(setting, "doctor"), limit_s=30, read=read_doctor)]
-    for selection, batch in (("native", 1), ("native", 8), ("plugin", 1), ("plugin", 8), ("native", 32)):
-        first = (selection, batch) == ("native", 1)
+    for way, batch in (("native", 1), ("native", 8), ("plugin", 1), ("plugin", 8), ("native", 32)):
+        first = (way, batch) == ("native", 1)
         if first:
             steps += take(exports, "static")
-        if (selection, batch) == ("plugin", 1):
+        if (way, batch) == ("plugin", 1):
             steps.append(
                 Step(
                     "plugin library",
@@ -198,12 +205,13 @@ def make_steps(setting: Setting) -> list[Step]:
                     limit_s=120,
                 )
             )
-        steps += engine_steps(setting, "static", selection, batch, checked=first)
+        steps += engine_steps(setting, "static", way, batch, checked=first)
     steps += kernel_steps(setting)
-    for bundle in ("buckets", "density"):
-        steps += [*take(exports, bundle), *engine_steps(setting, bundle, "native", 1)]
+    for bundle, way in (("buckets", "profiles"), ("density", "native")):
+        steps += [*take(exports, bundle), *engine_steps(setting, bundle, way, 1)]
     steps += take(exports, "cuda")
     steps += provider_steps(setting)
+    steps += engine_steps(setting, "buckets", "per-bucket", 1)
     steps += engine_steps(setting, "static", "plugin", 32)
     steps.append(
         Step(
@@ -246,21 +254,21 @@ def take(exports: dict[str, Step], bundle: str) -> Iterator[Step]:
             yield exports[name]
 
 
-def engine_steps(setting: Setting, bundle: str, selection: str, batch: int, *, checked: bool = False) -> Iterator[Step]:
+def engine_steps(setting: Setting, bundle: str, way: str, batch: int, *, checked: bool = False) -> Iterator[Step]:
     """Yield the build of a bundle's engines for a batch, and what is asked of them."""
-    case = f"{bundle} {selection} batch {batch}"
+    case = f"{bundle} {way} batch {batch}"
     build = f"build {case}"
     path = bundle_path(setting, bundle)
     after = [f"export {bundle}"] if setting.exported else []
-    if selection == "plugin":
+    if way == "plugin":
         after.append("plugin library")
     yield Step(
         build,
         "engines, and whether precision and fused attention are really there",
         command(
             setting,
-            *("build", path, "--selection", selection, "--batches", str(batch)),
-            *("--graphs", "model,dense", "--tactic-sources", setting.tactics),
+            *("build", path, *WAYS[way], "--batches", str(batch), "--graphs", "model,dense"),
+            *("--tactic-sources", setting.tactics),
         ),
         needs=(*TENSORRT, f"bundle {bundle}"),
         after=tuple(after),
@@ -272,7 +280,7 @@ def engine_steps(setting: Setting, bundle: str, selection: str, batch: int, *, c
         yield Step(
             f"inspect {case}", "what the bundle says of its engines", command(setting, "inspect", path), after=(build,)
         )
-    if checked or selection == "plugin":
+    if checked or way == "plugin":
         yield Step(
             f"verify {case}",
             "the engine against PyTorch",

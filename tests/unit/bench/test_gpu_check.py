@@ -244,7 +244,7 @@ def test_a_host_with_everything_runs_everything(check: ModuleType, setting: Any)
     benches = [words for words in asked(here) if words[0] == "bench"]
     assert {words[words.index("--against") + 1] for words in benches} == {"dense"}
     outputs = [words[words.index("-o") + 1] for words in benches]
-    assert len(set(outputs)) == len(outputs) == 8
+    assert len(set(outputs)) == len(outputs) == 9
     assert check.exit_code(list(found.values()), {}) == 0
 
 
