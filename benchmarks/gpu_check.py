@@ -76,6 +76,7 @@ class Setting:
         exported: they are exported into it first, where torch is; otherwise they must be there.
         results: where result files go.
         device: slug of the device's name.
+        architecture: as nvcc counts, "90"; empty when unknown.
         edgeprune: the command.
         python: the interpreter for tests and scripts.
         tactics: TensorRT's tactic sources.
@@ -85,6 +86,7 @@ class Setting:
     exported: bool
     results: Path
     device: str
+    architecture: str
     edgeprune: tuple[str, ...]
     python: str
     model: str
@@ -109,6 +111,7 @@ def main() -> None:
         exported=arguments.bundles is None,
         results=results.resolve(),
         device=slug,
+        architecture=str(machine.get("architecture", "")).removeprefix("sm_"),
         edgeprune=tuple(shlex.split(arguments.edgeprune)),
         python=arguments.python,
         model=arguments.model,
@@ -173,7 +176,7 @@ def prepare(arguments: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     lacking = {need: reason for need, reason in packages(arguments.python).items() if need == "export"}
     setting = Setting(
-        *(folder, True, folder, "none"),
+        *(folder, True, folder, "none", ""),
         *(tuple(shlex.split(arguments.edgeprune)), arguments.python, arguments.model, "default", 0.0),
     )
     steps = [step for step in export_steps(setting, needs=("export",)) if chosen(step.name, arguments.only)]
@@ -196,15 +199,7 @@ def make_steps(setting: Setting) -> list[Step]:
         if first:
             steps += take(exports, "static")
         if (way, batch) == ("plugin", 1):
-            steps.append(
-                Step(
-                    "plugin library",
-                    "the plugin compiles for this device and TensorRT takes it",
-                    command(setting, "plugins", "build"),
-                    needs=(*TENSORRT, "nvcc", "cmake"),
-                    limit_s=120,
-                )
-            )
+            steps += plugin_steps(setting)
         steps += engine_steps(setting, "static", way, batch, checked=first)
     steps += kernel_steps(setting)
     for bundle, way in (("buckets", "profiles"), ("density", "native")):
@@ -225,6 +220,22 @@ def make_steps(setting: Setting) -> list[Step]:
         )
     )
     return steps
+
+
+def plugin_steps(setting: Setting) -> Iterator[Step]:
+    """Yield the build of the plugin for this device, and whether TensorRT takes it, or one that was there."""
+    archs = ("--archs", setting.architecture) if setting.architecture else ()
+    yield Step(
+        "plugin build",
+        "the plugin compiles for this device",
+        command(setting, "plugins", "build", *archs),
+        needs=(*TENSORRT, "nvcc", "cmake"),
+        least_s=10,
+        limit_s=120,
+    )
+    yield Step(
+        "plugin check", "TensorRT takes the plugin", command(setting, "plugins", "check"), needs=TENSORRT, limit_s=30
+    )
 
 
 def export_steps(setting: Setting, needs: tuple[str, ...]) -> Iterator[Step]:
@@ -261,7 +272,7 @@ def engine_steps(setting: Setting, bundle: str, way: str, batch: int, *, checked
     path = bundle_path(setting, bundle)
     after = [f"export {bundle}"] if setting.exported else []
     if way == "plugin":
-        after.append("plugin library")
+        after.append("plugin check")
     yield Step(
         build,
         "engines, and whether precision and fused attention are really there",

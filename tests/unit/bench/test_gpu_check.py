@@ -177,6 +177,7 @@ def setting(check: ModuleType, tmp_path: Path) -> Callable[..., Any]:
             "exported": False,
             "results": tmp_path,
             "device": "gpu",
+            "architecture": "90",
             "edgeprune": (sys.executable, str(tmp_path / "fake.py")),
             "python": sys.executable,
             "model": "vit_digits",
@@ -224,8 +225,7 @@ def test_a_host_with_everything_runs_everything(check: ModuleType, setting: Any)
     here = setting()
     found = run_fake(check, here, {})
     skipped = {name for name, outcome in found.items() if outcome.status != "ran"}
-    plugin = {name for name in found if " plugin " in f" {name} "} | {"plugin library"}
-    assert skipped == plugin | {"kernels bench", "kernels tests", "tests on the device"}  # they need nvcc, pytest
+    assert skipped == {"plugin build", "kernels bench", "kernels tests", "tests on the device"}  # need nvcc, pytest
     assert found["doctor"].figures == {"not right": ["disk"]}
     assert found["build static native batch 1"].figures == {
         **{"engines": 2, "build_s": 3.5, "fused": {"a": "12/12"}},
@@ -244,7 +244,7 @@ def test_a_host_with_everything_runs_everything(check: ModuleType, setting: Any)
     benches = [words for words in asked(here) if words[0] == "bench"]
     assert {words[words.index("--against") + 1] for words in benches} == {"dense"}
     outputs = [words[words.index("-o") + 1] for words in benches]
-    assert len(set(outputs)) == len(outputs) == 9
+    assert len(set(outputs)) == len(outputs) == 12
     assert check.exit_code(list(found.values()), {}) == 0
 
 
@@ -257,10 +257,18 @@ def test_without_tensorrt_the_provider_is_still_measured(check: ModuleType, sett
     assert "build" not in {words[0] for words in asked(here)}
 
 
+def test_without_the_plugin_everything_else_runs(check: ModuleType, setting: Any) -> None:
+    found = run_fake(check, setting({"plugins check": (3, "no plugin library")}), {})
+    reasons = {name: outcome.reason for name, outcome in found.items() if " plugin batch " in name}
+    assert set(reasons.values()) == {"needs 'plugin check', which was skipped: no plugin library; fix: do this"}
+    assert len(reasons) == 9
+    assert found["bench static native batch 32"].status == "ran"
+
+
 def test_without_torch_nothing_is_verified_and_the_rest_runs(check: ModuleType, setting: Any) -> None:
     here = setting()
     found = run_fake(check, here, {"torch": "no torch", "export": "no torch"})
-    assert {words[0] for words in asked(here)} == {"doctor", "build", "inspect", "bench"}
+    assert {words[0] for words in asked(here)} == {"doctor", "build", "inspect", "bench", "plugins"}
     assert found["verify cuda"].reason == "no torch"
 
 
