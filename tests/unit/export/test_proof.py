@@ -154,6 +154,13 @@ def test_type_names(words: str, dtype: str) -> None:
     assert type_in(words) == dtype
 
 
+@pytest.mark.parametrize("separator", ["", "\x1f", " "])
+def test_metadata_names_the_nodes(separator: str) -> None:
+    metadata = separator.join(["[ONNX Layer: blocks.0.attn.logits]", "[blocks.0.attn.softmax]"])
+    (found,) = read_layers(answer([{"Name": "a", "Metadata": metadata}]))
+    assert found.metadata == ("blocks.0.attn.logits", "blocks.0.attn.softmax")
+
+
 def test_separate_keys_of_format_and_type_are_read() -> None:
     entry = {"Name": "a", "LayerType": "gemm", "Outputs": [{"Name": "y", "Format": "Linear", "Datatype": "BFloat16"}]}
     assert read_layers(answer([entry]))[0].dtype == "bfloat16"
