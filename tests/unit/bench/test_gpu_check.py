@@ -350,6 +350,21 @@ def test_preparing_exports_every_bundle(
     assert "gpu_check.sh --bundles" in capsys.readouterr().out
 
 
+def test_weights_are_sharpened(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    files = [tmp_path / "sharp.safetensors", tmp_path / "again.safetensors"]
+    for file in files:
+        command = [sys.executable, str(BENCHMARKS / "_sharpened.py"), "vit_digits", "sait", str(file), "mass=0.9"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, check=True, env=env, cwd=tmp_path, capture_output=True)
+    first, second = (safetensors.load_file(file) for file in files)
+    assert all((first[name] == second[name]).all() for name in first)
+    weight = first["blocks.0.attn.qkv.weight"]
+    queries, values = weight[: len(weight) // 3], weight[2 * len(weight) // 3 :]
+    assert queries.std() / values.std() == pytest.approx(3**0.5, rel=0.05)
+
+
 def test_preparing_without_torch_ends_with_three(
     check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
