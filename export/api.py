@@ -15,6 +15,7 @@ from edgeprune.pruning.base import Stage
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgeprune.export.targets.base import Target
     from edgeprune.models.checkpoint import Checkpoint
     from edgeprune.pruning.model import PrunedViT
     from edgeprune.runtime.bundle import Bundle, BundleWriter
@@ -205,7 +206,7 @@ def write_bundle(
             report("lowering stem and rest", 0.4)
             info = PreprocessInfo.model_validate(preprocessing(config))
             adaptive = graphs.write_buckets(model, info, lambda step, share: report(step, 0.4 + 0.25 * share))
-            warnings = [*warnings, *slow_buckets(adaptive)]
+            warnings = [*warnings, *bucket_warnings(adaptive, resolved.target)]
         elif resolved.form is not None:
             adaptive = AdaptiveInfo.model_validate({"form": resolved.form})
     if not model.exact_in_batch and request.batch[1] > 1:
@@ -245,6 +246,7 @@ def write_bundle(
         ],
         "preprocessing": preprocessing(config),
         "labels": request.labels,
+        "tensorrt": graphs.tensorrt,
         "warnings": warnings,
     }
     if request.verify:
@@ -258,10 +260,16 @@ def write_bundle(
     return bundle
 
 
-def slow_buckets(adaptive: AdaptiveInfo) -> list[str]:
-    """Return a warning when calibration expects no gain."""
+def bucket_warnings(adaptive: AdaptiveInfo, target: Target) -> list[str]:
+    """Return a warning when calibration expects no gain, or could not measure where the bundle will run."""
     found = adaptive.calibration
-    if found is None or found.expected_ms < found.dense_ms:
+    if found is None:
+        return []
+    if target.device is not None:
+        return [
+            f"the buckets were chosen by what float32 graphs take on this processor ({found.cpu}), not on the device"
+        ]
+    if found.expected_ms < found.dense_ms:
         return []
     return [
         f"the buckets are expected to take {found.expected_ms:.3g} ms for these images, the dense graph takes "

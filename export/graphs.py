@@ -14,6 +14,7 @@ import numpy as np
 
 from edgeprune.export.buckets import Bucket, given_buckets, parse_buckets
 from edgeprune.export.calibrate import Rests, calibrate
+from edgeprune.export.lint.tensorrt import merge_why_not, why_not
 from edgeprune.export.pipeline import lower, run_plan_passes
 from edgeprune.export.plan import Counts, Plan, build_plan
 from edgeprune.export.request import Resolved
@@ -126,6 +127,7 @@ class GraphWriter:
         arrays: weights by name.
         store: their file, in `folder`.
         infos: the manifest's `graphs` so far.
+        refusals: for each graph and version of TensorRT why it is not taken, where the target is TensorRT.
     """
 
     resolved: Resolved
@@ -133,6 +135,12 @@ class GraphWriter:
     store: WeightStore
     folder: Path
     infos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refusals: list[dict[str, list[str]]] = field(default_factory=list)
+
+    @property
+    def tensorrt(self) -> dict[str, list[str]] | None:
+        """The manifest's `tensorrt`."""
+        return merge_why_not(self.refusals) if self.resolved.target.device == "tensorrt" else None
 
     def write(self, names: Sequence[str | None], plan: Plan) -> None:
         """Write the graph of a plan, or stem and rest of a split one; what is named None is left out."""
@@ -155,6 +163,8 @@ class GraphWriter:
                     continue
                 info["variant_of"] = path.stem.removesuffix(PLUGIN)
             self.infos[path.stem] = info
+            if self.resolved.target.device == "tensorrt":
+                self.refusals.append(why_not(proto, plan))
 
     def write_buckets(self, model: PrunedViT, preprocessing: PreprocessInfo, report: Report) -> AdaptiveInfo:
         """Write stem and rests, for the buckets asked for or those that suit real images best."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.errors import InputError
-from edgeprune.export.api import Progress, preprocessing, silent, verify_session, write_bundle
+from edgeprune.export.api import Progress, open_session, preprocessing, silent, verify_session, write_bundle
+from edgeprune.export.lint.tensorrt import why_not
 from edgeprune.export.request import ExportRequest, check_batch, check_selection, resolve
 from edgeprune.export.targets.registry import get_target
 from edgeprune.export.writer import graph_info
@@ -71,13 +72,13 @@ def _take_weights(model: nn.Module, tensors: dict[str, Tensor], method: str) -> 
 
 def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, reason: str, report: Progress) -> Bundle:
     """Trace, lower what is ours, verify and write."""
+    from edgeprune.export.emulate import open_emulated
     from edgeprune.export.ops.functions import is_edgeprune
     from edgeprune.export.passes.lower_selection import inline_bodies
     from edgeprune.export.pipeline import finish_graph
     from edgeprune.export.trace import TRACE_OPSET, trace_graph
     from edgeprune.export.writer import WeightStore
     from edgeprune.runtime.bundle import BundleWriter
-    from edgeprune.runtime.session import Session
 
     check_batch(request.batch)
     target = get_target(request.target)
@@ -130,10 +131,11 @@ def _export_traced(module: nn.Module, request: ExportRequest, out: Path | str, r
             "graphs": {"model": info},
             "preprocessing": preprocessing(defaults),
             "labels": request.labels,
+            "tensorrt": why_not(proto, None) if target.device == "tensorrt" else None,
             "warnings": [f"traced: {reason}"],
         }
         if request.verify:
             report("comparing with PyTorch", 0.8)
-            session = Session(writer.preview(fields), spinning=False, check_hashes=False)
+            session = open_session(writer.preview(fields), **({"open_graph": open_emulated} if target.device else {}))
             fields["parity"] = verify_session(session, module)
         return writer.finish(fields)

@@ -45,6 +45,7 @@ def summary(bundle: Bundle) -> list[tuple[str, Any]]:
         ("keep rates", ", ".join(f"{d.keep_rate:g}" for d in m.densities) or None),
         ("MACs", None if m.macs is None else macs_words(m.macs, m.method.stages)),
         ("parity", None if m.parity is None else parity_words(m.parity)),
+        ("TensorRT", None if m.tensorrt is None else tensorrt_words(m.tensorrt)),
     ]
 
 
@@ -61,6 +62,13 @@ def plan_summary(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("steps", "\n".join(plan["steps"])),
         ("files", ", ".join(plan["files"])),
     ]
+
+
+def tensorrt_words(why_not: Mapping[str, Sequence[str]]) -> str:
+    """Return which versions of TensorRT take the graphs, and what stops the others."""
+    takes = ", ".join(version for version, reasons in why_not.items() if not reasons) or "none"
+    refuses = [f"\nnot {version}: {'; '.join(reasons)}" for version, reasons in why_not.items() if reasons]
+    return f"{takes}{''.join(refuses)}"
 
 
 def adaptive_words(adaptive: AdaptiveInfo) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import onnx
 
 from edgeprune.errors import BuildError
+from edgeprune.export.lint.facts import Facts
 from edgeprune.export.plan import Plan
+from edgeprune.export.targets.tensorrt_versions import LEAST, Family, family_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,29 @@ class LintContext:
         model: weights as references; shapes as the emitter declared them.
         plan: None for a traced graph.
         domains: operator domains the target runs.
+        tensorrt: the version of TensorRT to judge for, where a rule asks.
     """
 
     model: onnx.ModelProto
     plan: Plan | None
     domains: tuple[str, ...]
+    tensorrt: str = LEAST
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Types, shapes and connections of the graph."""
+        return Facts(self.model)
+
+    @cached_property
+    def family(self) -> Family:
+        """What is known of the version of TensorRT."""
+        return family_of(self.tensorrt)
+
+    def at(self, tensorrt: str) -> LintContext:
+        """Return the same for another version of TensorRT."""
+        other = replace(self, tensorrt=tensorrt)
+        vars(other)["facts"] = self.facts
+        return other
 
 
 Rule = Callable[[LintContext], list[Finding]]

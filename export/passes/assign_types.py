@@ -2,7 +2,7 @@
 
 Most engines want them there: TensorRT 11 knows no precision flags. What the emitter marked as precise stays float32:
 scores and everything that compares them, normalisation, sums over many tokens; so do inputs and outputs of the graph.
-Nodes that only move values take the type of what they move.
+Among those, nodes that only move values take the type of what they move.
 """
 
 from __future__ import annotations
@@ -74,12 +74,13 @@ class _Assignment:
         """Return the type of a node's floating-point tensors."""
         if node.op in COMPARES:
             return FLOAT
+        if node.name not in self.precise:
+            return self.low
         if node.op in MOVES or node.domain == DOMAIN:
             moved = node.inputs[1:] if node.op == topk_gather.NAME else node.inputs
-            types = {np.dtype(t.dtype) for t in moved if _is_float(t) and not isinstance(t, gs.Constant)}
-            if types:
-                return self.low if self.low in types else FLOAT
-        return FLOAT if node.name in self.precise else self.low
+            if any(_is_float(t) and not isinstance(t, gs.Constant) and np.dtype(t.dtype) == self.low for t in moved):
+                return self.low
+        return FLOAT
 
     def _cast(self, tensor: gs.Tensor, wanted: np.dtype[Any]) -> gs.Tensor:
         """Return a tensor as another type; cast once for all who want it."""

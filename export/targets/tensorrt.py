@@ -32,15 +32,17 @@ def graph_passes(selection: str, batch: tuple[int, int]) -> tuple[GraphPass, ...
     from edgeprune.export.passes.expand_cumsum import expand_cumsum
     from edgeprune.export.passes.expand_isnan import expand_isnan
     from edgeprune.export.passes.lower_selection import inline_bodies
-    from edgeprune.export.passes.narrow_inputs import narrow_inputs
+    from edgeprune.export.passes.narrow_io import narrow_io
 
     lowered = () if selection == "plugin" else (inline_bodies,)
-    return (*lowered, expand_cumsum, expand_isnan, narrow_inputs, drop_dead_nodes)
+    return (*lowered, expand_cumsum, expand_isnan, narrow_io, drop_dead_nodes)
 
 
 def lint_rules() -> tuple[Rule, ...]:
-    """Return the rules every static graph must obey."""
-    return onnx.lint_rules()
+    """Return the rules of TensorRT's parsers and of engines worth building, and those every static graph must obey."""
+    from edgeprune.export.lint.tensorrt import tensorrt_rules
+
+    return tensorrt_rules()
 
 
 def _target(precision: str) -> Target:
