@@ -32,11 +32,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from _cuda import CudaError, Device  # noqa: E402
 from _kernels import find_nvcc  # noqa: E402
 from _steps import FAILED, LACKS, NOT_RUN, RAN, SKIPPED, Done, Figures, NotDone, Outcome, Step, execute, run_steps  # noqa: E402
 
-from edgeprune.bench.fingerprint import take_fingerprint  # noqa: E402
+from edgeprune.bench.fingerprint import describe_gpu, take_fingerprint  # noqa: E402
+from edgeprune.errors import EnvironmentLackError  # noqa: E402
 
 SCHEMA = "edgeprune-gpu-check/1"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -111,7 +111,7 @@ def main() -> None:
         exported=arguments.bundles is None,
         results=results.resolve(),
         device=slug,
-        architecture=str(machine.get("architecture", "")).removeprefix("sm_"),
+        architecture=str(machine.get("compute_capability", "")).replace(".", ""),
         edgeprune=tuple(shlex.split(arguments.edgeprune)),
         python=arguments.python,
         model=arguments.model,
@@ -370,11 +370,9 @@ def look_around(python: str) -> tuple[dict[str, str], dict[str, Any]]:
     lacking = packages(python)
     machine: dict[str, Any] = {}
     try:
-        device = Device()
-    except CudaError as error:
-        lacking["device"] = str(error)
-    else:
-        machine = {"name": device.name, "architecture": device.architecture, "driver": device.driver_version}
+        machine = describe_gpu()["gpu"]
+    except EnvironmentLackError as error:
+        lacking["device"] = error.message
     if find_nvcc() is None:
         lacking["nvcc"] = "no nvcc on the path or in CUDA_HOME"
     if not any((Path(folder) / "cmake").exists() for folder in os.get_exec_path()):

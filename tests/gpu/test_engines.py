@@ -155,7 +155,7 @@ def test_the_plugin_selects_as_the_standard_layers_do(folder: Path, method: str)
 
 @pytest.mark.parametrize("engines", ["profiles", "per-bucket"])
 def test_buckets_agree_with_the_emulation(folder: Path, engines: str) -> None:
-    bundle = export(folder, "sait", buckets="16,32,48,64")
+    bundle = export(folder, "sait", buckets="16,32,48,64", batch=(1, 3))
     build(bundle, engines=engines)
     session, reference = Session(bundle), Session(bundle, open_graph=open_emulated)
     for seed in range(4):
