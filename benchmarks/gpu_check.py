@@ -37,6 +37,7 @@ from _steps import FAILED, LACKS, NOT_RUN, RAN, SKIPPED, Done, Figures, NotDone,
 
 from edgeprune.bench.fingerprint import describe_gpu, take_fingerprint  # noqa: E402
 from edgeprune.errors import EnvironmentLackError  # noqa: E402
+from edgeprune.models.registry import get_model_config  # noqa: E402
 
 SCHEMA = "edgeprune-gpu-check/1"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,16 +48,17 @@ EFFICIENCY_GOAL, EFFICIENCY_BATCH = 0.9, 8
 EVIT = ("--method", "evit", "--random-weights", "--no-verify")
 SAIT_OPTION = "mass=0.9"
 
-# What each bundle is exported with; "{weights}" is a checkpoint that is made first.
+# What each bundle is exported with; "{weights}" is a checkpoint that is made first, "{buckets}" are sizes.
 BUNDLES: dict[str, tuple[str, ...]] = {
     "static": (*EVIT, "--keep-rate", "0.7", "--target", "trt-fp16", "--selection", "auto", "--batch", "1:32"),
     "buckets": (
         *("--method", "sait", "--method-option", SAIT_OPTION, "--checkpoint", "{weights}", "--no-verify"),
-        *("--target", "trt-fp16", "--buckets", "56,96,144,196"),
+        *("--target", "trt-fp16", "--buckets", "{buckets}"),
     ),
     "density": (*EVIT, "--keep-rate", "1,0.7,0.5", "--target", "trt-fp16"),
     "cuda": (*EVIT, "--keep-rate", "0.7", "--target", "ort-cuda-fp16", "--batch", "1:32"),
 }
+BUCKET_SHARES = (0.3, 0.5, 0.75)
 TENSORRT = ("device", "tensorrt", "pycuda")
 # Ways to build a bundle's engines.
 WAYS: dict[str, tuple[str, ...]] = {
@@ -246,7 +248,7 @@ def export_steps(setting: Setting, needs: tuple[str, ...]) -> Iterator[Step]:
         takes = "{weights}" in options
         if takes:
             yield Step("weights of buckets", "weights whose token counts differ", script, needs=needs, limit_s=60)
-        words = [str(weights) if word == "{weights}" else word for word in options]
+        words = [word.format(weights=weights, buckets=bucket_sizes(setting.model)) for word in options]
         yield Step(
             f"export {name}",
             "the bundle",
@@ -256,6 +258,12 @@ def export_steps(setting: Setting, needs: tuple[str, ...]) -> Iterator[Step]:
             least_s=15,
             limit_s=120,
         )
+
+
+def bucket_sizes(model: str) -> str:
+    """Return four sizes of a model's patch tokens, multiples of 8 but for the last, which holds all."""
+    tokens = get_model_config(model).num_patches
+    return ",".join(str(round(share * tokens / 8) * 8) for share in BUCKET_SHARES) + f",{tokens}"
 
 
 def take(exports: dict[str, Step], bundle: str) -> Iterator[Step]:
@@ -388,9 +396,9 @@ def packages(python: str) -> dict[str, str]:
         "pycuda": "pip install 'edgeprune[trt]'",
         "torch": "verify on a machine with torch",
     }
-    lacking = {name: f"no {name} here: {hint}" for name, hint in hints.items() if find_spec(name) is None}
+    lacking = {name: f"no {name} here: {hint}" for name, hint in hints.items() if not is_there(name)}
     wanted = ("torch", "onnx", "onnx_graphsurgeon", "safetensors")
-    absent = [name for name in wanted if find_spec(name) is None]
+    absent = [name for name in wanted if not is_there(name)]
     if absent:
         lacking["export"] = (
             f"no {', '.join(absent)} here: --prepare DIR makes the bundles where they are, --bundles DIR takes them"
@@ -404,10 +412,15 @@ def packages(python: str) -> dict[str, str]:
     return lacking
 
 
+def is_there(module: str) -> bool:
+    """Tell whether this interpreter finds a module, without importing it."""
+    return module in sys.modules or find_spec(module) is not None
+
+
 def imports(python: str, *names: str) -> bool:
     """Tell whether an interpreter finds some packages."""
     if python == sys.executable:
-        return all(find_spec(name) is not None for name in names)
+        return all(is_there(name) for name in names)
     code = f"import importlib.util as u, sys; sys.exit(any(u.find_spec(n) is None for n in {names!r}))"
     try:
         return subprocess.run([python, "-c", code], check=False, capture_output=True).returncode == 0

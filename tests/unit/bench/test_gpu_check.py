@@ -304,6 +304,13 @@ def test_bundles_that_were_not_prepared_are_named(check: ModuleType, tmp_path: P
     assert check.missing_bundles(None) == {}
 
 
+@pytest.mark.parametrize(
+    ("model", "sizes"), [("deit_small_patch16_224", "56,96,144,196"), ("vit_digits", "16,32,48,64")]
+)
+def test_bucket_sizes_follow_the_model(check: ModuleType, model: str, sizes: str) -> None:
+    assert check.bucket_sizes(model) == sizes
+
+
 def test_summary_is_a_table_of_all_steps(check: ModuleType, parts: ModuleType) -> None:
     outcomes = [
         parts.Outcome(
