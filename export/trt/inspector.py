@@ -109,6 +109,11 @@ class Layer:
         return bool(words) and {word.lower() for word in words} <= _MOVES and any(w.startswith("Cas") for w in words)
 
     @property
+    def is_idle(self) -> bool:
+        """It runs no kernel."""
+        return self.kind.lower() in ("noop", "wait", "signal")
+
+    @property
     def is_matrix(self) -> bool:
         """Matrix products, convolutions and fused attention: what a low precision is asked for."""
         if self.is_reformat or self.is_opaque:

@@ -191,6 +191,19 @@ def test_int8_may_leave_attention_alone() -> None:
     assert "0 of 16 matrix layers work in float8" in proof(layers, precision="fp8").findings[0]
 
 
+def test_what_lies_beside_nameless_fused_kernels_is_no_finding() -> None:
+    nameless = [layer(f"_gemm_mha_v2_myl0_{b}", "kgen") for b in range(BLOCKS)]
+    around = [layer(f"blocks.{b}.attn.logits", "Shuffle") for b in range(BLOCKS)]
+    assert proof([gemm(0, "mlp.fc1"), *nameless, *around]).findings == []
+
+
+def test_nodes_that_prepare_an_attention_are_not_part_of_it() -> None:
+    prepared = layer("blocks.0.attn.logits.scaled", "PointWise", ("blocks.0.attn.logits.scaled",))
+    idle = layer("blocks.0.attn.context", "NoOp", ("blocks.0.attn.context",))
+    (finding,) = proof([*network([fused(0)], [fused(1)], [fused(2)]), prepared, idle]).findings
+    assert finding.startswith("no layer is named like the attention of 1 of 4 blocks")
+
+
 def test_float32_attention_is_not_asked_to_be_fused() -> None:
     layers = [gemm(b, part, FLOAT) for b in range(BLOCKS) for part in ("attn.logits", "attn.softmax", "attn.context")]
     assert proof(layers, precision="fp32").findings == []
