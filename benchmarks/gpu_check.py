@@ -19,6 +19,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -585,7 +586,9 @@ def figures_words(figures: Figures) -> str:
         if isinstance(value, dict):
             value = ", ".join(dict.fromkeys(map(str, value.values())))
         elif isinstance(value, list):
-            value = ", ".join(map(str, value[:3])) + (f" and {len(value) - 3} more" if len(value) > 3 else "")
+            value = ", ".join(textwrap.shorten(str(one), 80) for one in value[:3]) + (
+                f" and {len(value) - 3} more" if len(value) > 3 else ""
+            )
         elif isinstance(value, bool):
             value = "yes" if value else "no"
         elif isinstance(value, float):
