@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 
 from edgeprune.cli.common import BUNDLE, GRAPHS, verb
+from edgeprune.cli.show import emulation_words
 from edgeprune.cli.ui import Ui, table
 from edgeprune.runtime.bundle import Bundle
 
@@ -25,17 +26,17 @@ def command(
 ) -> dict[str, Any]:
     """Print the accuracies; of an adaptive method also what its images kept and cost on average."""
     from edgeprune.checks.accuracy import evaluate
-    from edgeprune.checks.parity import macs_by_counts
+    from edgeprune.checks.parity import macs_by_counts, open_for_checks
     from edgeprune.data import open_dataset
     from edgeprune.runtime.bundle import load_bundle
-    from edgeprune.runtime.session import Session
 
     loaded = load_bundle(bundle)
     dataset = open_dataset(data, limit=limit)
     found = {}
+    emulated: str | None = None
     adaptive = any(stage.adaptive for stage in loaded.manifest.method.stages)
     for name, choice, rate in choose_runs(loaded, graph, density):
-        session = Session(loaded, graph=choice, density=rate, check_hashes=False)
+        session, emulated = open_for_checks(loaded, graph=choice, density=rate, spinning=True)
         info = next((d for d in loaded.manifest.densities if d.keep_rate == rate), None)
         own_macs = macs_by_counts(loaded.manifest, None if info is None else info.stages) if adaptive else None
         with ui.steps() as report:
@@ -53,7 +54,9 @@ def command(
     ui.data(accuracy_rows(found, adaptive=adaptive))
     if loaded.manifest.weights.source == "random":
         ui.note("random weights: these accuracies mean nothing")
-    return {"bundle": str(bundle), "data": data, "graphs": found}
+    if emulated is not None:
+        ui.note(emulation_words(emulated))
+    return {"bundle": str(bundle), "data": data, "emulated": emulated, "graphs": found}
 
 
 def choose_runs(bundle: Bundle, graphs: tuple[str, ...], density: float | None) -> list[tuple[str, str, float | None]]:

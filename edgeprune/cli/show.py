@@ -64,6 +64,11 @@ def plan_summary(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
+def emulation_words(reason: str) -> str:
+    """Return what it means that a check did not run on the bundle's device, and why it did not."""
+    return f"emulated on this processor, float32 with every tensor rounded to its type: {reason}"
+
+
 def tensorrt_words(why_not: Mapping[str, Sequence[str]]) -> str:
     """Return which versions of TensorRT take the graphs, and what stops the others."""
     takes = ", ".join(version for version, reasons in why_not.items() if not reasons) or "none"

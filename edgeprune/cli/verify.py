@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from edgeprune.cli.common import BUNDLE, verb
+from edgeprune.cli.show import emulation_words
 from edgeprune.cli.ui import Ui, pairs
 from edgeprune.runtime.manifest import ParityInfo
 
@@ -44,7 +45,7 @@ def command(
             )
     ui.results = {"bundle": str(bundle), "seed": seed, "emulated": emulated, "parity": found[rates[0]].model_dump()}
     if emulated is not None:
-        ui.note(f"emulated on this machine's processor, float32 with every tensor rounded to its type: {emulated}")
+        ui.note(emulation_words(emulated))
     if len(rates) > 1:
         ui.results["densities"] = [{"keep_rate": r, "parity": p.model_dump()} for r, p in found.items()]
     for rate, parity in found.items():

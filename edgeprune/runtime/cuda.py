@@ -7,12 +7,12 @@ which PyTorch uses too, and in streams that never wait for the default stream. N
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import import_module
 from time import perf_counter
 from types import TracebackType
@@ -94,17 +94,12 @@ def _gpu_missing(message: str) -> EnvironmentLackError:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Buffer:
-    """Memory of the device; it is freed with the object, or before by `free`."""
+    """Memory of the device, freed with the object."""
 
     address: int
     nbytes: int
-    _held: Any
-
-    def free(self) -> None:
-        """Give the memory back; the context has to be current."""
-        self._held.free()
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,8 @@ class Cuda:
         self.device = find_device(index)
         self._driver = _import_pycuda()
         self._driver.init()
-        self._context = _primary_context(index)
+        self._context = _primary_context(self._driver, index)
+        self._graph_calls = _find_graph_calls()
 
     def __enter__(self) -> Cuda:
         self._context.push()
@@ -212,17 +208,23 @@ class Cuda:
             raise out_of_memory(
                 f"no {size} bytes of memory on {self.device.name}: {free} of {total} are free", bytes=size, free=free
             ) from error
-        return Buffer(int(held), size, held)
+        buffer = Buffer(int(held), size)
+        weakref.finalize(buffer, _free, self._context, held)
+        return buffer
 
-    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Return page-locked memory of the host, which copies need to be asynchronous."""
-        array: np.ndarray = self._driver.pagelocked_empty(shape, dtype)
-        return array
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """Return page-locked bytes of the host, which copies need to be asynchronous."""
+        return self._page_locked(nbytes, 0)
 
-    def mapped(self, shape: tuple[int, ...], dtype: Any) -> Mapped:
-        """Return page-locked memory that the device can write into."""
-        array = self._driver.pagelocked_empty(shape, dtype, mem_flags=self._driver.host_alloc_flags.DEVICEMAP)
+    def mapped(self, nbytes: int) -> Mapped:
+        """Return page-locked bytes that the device can write into."""
+        array = self._page_locked(nbytes, self._driver.host_alloc_flags.DEVICEMAP)
         return Mapped(array, int(array.base.get_device_pointer()))
+
+    def _page_locked(self, nbytes: int, flags: int) -> Any:
+        array = self._driver.pagelocked_empty(max(nbytes, 1), np.uint8, mem_flags=flags)
+        weakref.finalize(array, _free, self._context, array.base)
+        return array
 
     def to_device(self, address: int, array: np.ndarray, stream: Stream) -> None:
         """Copy a page-locked array to the device, when the stream gets there."""
@@ -236,6 +238,10 @@ class Cuda:
         """Copy from one place of the device to another."""
         self._driver.memcpy_dtod_async(target, source, nbytes, stream.raw)
 
+    def clear(self, address: int, nbytes: int, stream: Stream) -> None:
+        """Write zeros."""
+        self._driver.memset_d8_async(address, 0, nbytes, stream.raw)
+
     def capture(self, stream: Stream, work: Callable[[], None]) -> Graph:
         """Return what `work` gives to a stream as a graph; nothing of it runs now.
 
@@ -248,17 +254,19 @@ class Cuda:
         Raises:
             CaptureFailed: with the reason; also when cuda-python is not installed.
         """
-        calls = _graph_calls()
+        calls = self._graph_calls
         if calls is None:
             raise CaptureFailed(f"the package 'cuda-python' is not installed: pip install 'edgeprune[{EXTRA}]'")
-        calls.begin(stream)
-        try:
-            work()
-        except BaseException:
-            with suppress(CaptureFailed):
-                calls.end(stream)
-            raise
-        return Graph(calls, calls.instantiate(calls.end(stream)))
+        with _no_collection():
+            calls.begin(stream)
+            try:
+                work()
+            except BaseException:
+                with suppress(CaptureFailed):
+                    calls.end(stream)
+                raise
+            graph = calls.end(stream)
+        return Graph(calls, calls.instantiate(graph))
 
 
 class _GraphCalls:
@@ -300,8 +308,19 @@ class _GraphCalls:
         return getattr(result, "name", str(result))
 
 
-@lru_cache
-def _graph_calls() -> _GraphCalls | None:
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running: memory of the device freed in the middle of a capture spoils it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _find_graph_calls() -> _GraphCalls | None:
     """Return the graph calls of cuda-python, whose modules moved in version 12.6; None without it."""
     for module in ("cuda.bindings.driver", "cuda.cuda"):
         with suppress(ImportError):
@@ -320,12 +339,21 @@ _lock = threading.Lock()
 _contexts: dict[int, Any] = {}
 
 
-def _primary_context(index: int) -> Any:
+def _primary_context(driver: Any, index: int) -> Any:
     """Return the primary context of a device, retained once and kept as long as the process lives."""
     with _lock:
         if index not in _contexts:
-            _contexts[index] = _import_pycuda().Device(index).retain_primary_context()
+            _contexts[index] = driver.Device(index).retain_primary_context()
         return _contexts[index]
+
+
+def _free(context: Any, held: Any) -> None:
+    """Give memory back, from whatever thread the last reference went away in: PyCUDA itself would not."""
+    context.push()
+    try:
+        held.free()
+    finally:
+        context.pop()
 
 
 def out_of_memory(message: str, **details: Any) -> EnvironmentLackError:
@@ -346,5 +374,5 @@ def _explain(error: BaseException, driver: Any) -> EnvironmentLackError:
 
 def _failed(message: str) -> EnvironmentLackError:
     return EnvironmentLackError(
-        message, code="gpu-failed", hint="run it again in a new process; dmesg and nvidia-smi tell of faults of the device"
+        message, code="gpu-failed", hint="run it again in a new process; dmesg and nvidia-smi tell of a faulty device"
     )

@@ -6,13 +6,20 @@ Engines are a cache of the bundle's graphs. They lie under `engines/<device>-trt
 
 from __future__ import annotations
 
+import hashlib
+import posixpath
 import re
+import shlex
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from edgeprune.errors import EnvironmentLackError
+from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.manifest import Count, Milliseconds, Sha256, Size
+from edgeprune.runtime.onnx_files import find_external_locations
 
 ENGINES_FOLDER = "engines"
 INDEX_NAME = "index.json"
@@ -70,6 +77,7 @@ class EngineInfo(_Model):
         file: beside the index.
         source: the manifest's graph it was built of; a variant of the one its profiles name, or the graph that is told.
         source_sha256: of that graph's file.
+        weights_sha256: of the files with its weights, by name; None when it was not taken down.
         plugin: it needs the plugin library.
         key: of the engine cache.
         profiles: in TensorRT's order.
@@ -77,11 +85,12 @@ class EngineInfo(_Model):
         build_s: seconds the build took; 0 from the cache.
     """
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     sha256: Sha256
     bytes: Size
     source: str
     source_sha256: Sha256
+    weights_sha256: dict[str, Sha256] | None = None
     plugin: bool = False
     key: str
     profiles: Annotated[list[ProfileInfo], Field(min_length=1)]
@@ -122,3 +131,82 @@ class EngineIndex(_Model):
 def folder_name(device: str, tensorrt: str) -> str:
     """Return the name of the folder for a device and a TensorRT: "nvidia-orin-nano-trt10.3.0"."""
     return f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}-trt{tensorrt}"
+
+
+def find_engines(bundle: Bundle, device: str, compute_capability: str, tensorrt: str) -> tuple[Path, EngineIndex]:
+    """Return the folder with the engines for a device and a TensorRT, and its index.
+
+    Raises:
+        EnvironmentLackError: `engine-missing` when nothing was built, `engine-other-device` when it was built for
+            others, `engine-stale` when the index is not understood.
+    """
+    engines = bundle.path / ENGINES_FOLDER
+    folder = engines / folder_name(device, tensorrt)
+    if not (folder / INDEX_NAME).is_file():
+        others = sorted(path.parent.name for path in engines.glob(f"*/{INDEX_NAME}"))
+        if others:
+            raise _other_device(bundle, f"are for {', '.join(others)}", device, tensorrt)
+        raise engine_missing(bundle, f"{bundle.path} has no engines", device=device, tensorrt=tensorrt)
+    try:
+        index = EngineIndex.model_validate_json((folder / INDEX_NAME).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise engine_stale(bundle, f"{folder / INDEX_NAME} is not understood: {error}") from error
+    if (index.device, index.compute_capability, index.tensorrt) != (device, compute_capability, tensorrt):
+        built = f"{index.device} of compute capability {index.compute_capability} with TensorRT {index.tensorrt}"
+        raise _other_device(bundle, f"in {folder} are for {built}", device, tensorrt)
+    return folder, index
+
+
+def check_source(bundle: Bundle, info: EngineInfo) -> None:
+    """Raise EnvironmentLackError `engine-stale` when an engine was built of other files than the bundle holds."""
+    manifest = bundle.manifest
+    graph = manifest.graphs.get(info.source)
+    if graph is None or graph.file not in manifest.files or manifest.files[graph.file].sha256 != info.source_sha256:
+        raise engine_stale(bundle, f"the engine {info.file} was built of another graph '{info.source}'")
+    if info.weights_sha256 is not None and info.weights_sha256 != hash_weights(bundle, info.source):
+        raise engine_stale(bundle, f"the engine {info.file} was built of other weights")
+
+
+def hash_weights(bundle: Bundle, graph: str) -> dict[str, str]:
+    """Return the sha256 of the files with the weights of a graph, by name, as the manifest lists them."""
+    file = bundle.manifest.graphs[graph].file
+    folder, locations = posixpath.dirname(file), find_external_locations(bundle.path / file)
+    names = {posixpath.normpath(posixpath.join(folder, location)) for location in locations}
+    return {name: bundle.manifest.files[name].sha256 for name in sorted(names)}
+
+
+def read_engine(bundle: Bundle, folder: Path, info: EngineInfo) -> bytes:
+    """Return the plan of an engine, compared with its hash.
+
+    Raises:
+        EnvironmentLackError: `engine-missing`, `engine-stale`.
+    """
+    try:
+        plan = (folder / info.file).read_bytes()
+    except OSError as error:
+        raise engine_missing(bundle, f"{folder / info.file} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(plan).hexdigest() != info.sha256:
+        raise engine_stale(bundle, f"{folder / info.file} is not the file its index describes")
+    return plan
+
+
+def engine_missing(bundle: Bundle, message: str, **details: Any) -> EnvironmentLackError:
+    """Return the error `engine-missing`."""
+    return _rebuild(bundle, message, "engine-missing", "engines built on this device", details)
+
+
+def engine_stale(bundle: Bundle, message: str, **details: Any) -> EnvironmentLackError:
+    """Return the error `engine-stale`."""
+    return _rebuild(bundle, message, "engine-stale", "engines built of this very bundle", details)
+
+
+def _other_device(bundle: Bundle, words: str, device: str, tensorrt: str) -> EnvironmentLackError:
+    message, expected = f"the engines of {bundle.path} {words}", f"engines for {device} with TensorRT {tensorrt}"
+    return _rebuild(bundle, message, "engine-other-device", expected, {"device": device, "tensorrt": tensorrt})
+
+
+def _rebuild(bundle: Bundle, message: str, code: str, expected: str, details: dict[str, Any]) -> EnvironmentLackError:
+    command = f"edgeprune build {shlex.quote(str(bundle.path))}"
+    return EnvironmentLackError(
+        message, code=code, expected=expected, hint=f"build them here: {command}", details={**details, "build": command}
+    )

@@ -12,10 +12,9 @@ from edgeprune.runtime.manifest import AdaptiveInfo, StageInfo, TensorInfo
 from edgeprune.runtime.ort import OrtBackend
 from edgeprune.runtime.ort_cuda import OrtCudaBackend
 from edgeprune.runtime.router import IMAGES, SLOTS, Backend, OneByOne, Router, Runner, Whole
+from edgeprune.runtime.trt import Engines
 
-_ORT_CUDA = "ort-cuda-fp16"
 _FOLLOWING = ("computed", "ragged")  # forms whose shapes follow the image
-_ORT_PROVIDERS = {"onnx": ("CPUExecutionProvider",), "ort-cpu": ("CPUExecutionProvider",)}
 _ANY_BATCH = ("computed", "buckets")  # forms whose runner takes the bundle's batch apart
 _BASELINES = ("dense", "random")
 OpenGraph = Callable[..., Backend]
@@ -40,13 +39,14 @@ class Opener:
     ) -> None:
         self.bundle, self.options, self.prepack, self.open_graph = bundle, options, prepack, open_graph
         self._open: dict[str, Backend] = {}
+        self._engines: Engines | None = None
 
     def runners(self, graph: str) -> dict[float | None, Runner]:
         """Return what runs "model", by keep rate where the bundle holds several, or what runs a baseline.
 
         Raises:
             InputError: `graph-missing`, `graph-invalid`, `bundle-tampered`.
-            EnvironmentLackError: `package-missing`, `target-not-runnable`.
+            EnvironmentLackError: `package-missing`, `target-not-runnable`; those of `Engines` and its `backend`.
         """
         manifest = self.bundle.manifest
         if graph != "model":
@@ -76,28 +76,40 @@ class Opener:
         """Return a graph ready to run, opened once."""
         if graph not in self._open:
             path = self.bundle.graph_path(graph)
-            if self.open_graph is not None:
-                opened = self.open_graph(path, prepack=prepack, **self.options)
-            else:
+            if self.open_graph is None:
                 opened = self._open_here(graph, path, prepack)
+            else:
+                opened = self.open_graph(path, prepack=prepack, **self.options)
             self._check(graph, path, opened)
             self._open[graph] = opened
         return self._open[graph]
 
     def _open_here(self, graph: str, path: Path, prepack: bool) -> Backend:
-        """Open a graph on what the target runs on."""
-        target, adaptive = self.bundle.manifest.target, self.bundle.manifest.adaptive
-        if target in _ORT_PROVIDERS:
-            return OrtBackend(path, providers=_ORT_PROVIDERS[target], prepack=prepack, **self.options)
-        if target == _ORT_CUDA:
-            follows = adaptive is not None and adaptive.form in _FOLLOWING and graph not in _BASELINES
-            return OrtCudaBackend(path, graphs=not follows)
-        raise EnvironmentLackError(
-            f"this version of edgeprune cannot run the target '{target}'",
-            code="target-not-runnable",
-            expected=f"one of {', '.join([*_ORT_PROVIDERS, _ORT_CUDA])}",
-            hint="export for one of these targets, or upgrade edgeprune",
-        )
+        target = self.bundle.manifest.target
+        if target not in _OPEN:
+            raise EnvironmentLackError(
+                f"this version of edgeprune cannot run the target '{target}'",
+                code="target-not-runnable",
+                expected=f"one of {', '.join(_OPEN)}",
+                hint="export for one of these targets, or upgrade edgeprune",
+            )
+        return _OPEN[target](self, graph, path, prepack)
+
+    def open_on_cpu(self, graph: str, path: Path, prepack: bool) -> Backend:
+        """Open a graph in ONNX Runtime on the processor."""
+        return OrtBackend(path, prepack=prepack, **self.options)
+
+    def open_on_cuda(self, graph: str, path: Path, prepack: bool) -> Backend:
+        """Open a graph in ONNX Runtime's CUDA provider."""
+        adaptive = self.bundle.manifest.adaptive
+        follows = adaptive is not None and adaptive.form in _FOLLOWING and graph not in _BASELINES
+        return OrtCudaBackend(path, graphs=not follows)
+
+    def open_engine(self, graph: str, path: Path, prepack: bool) -> Backend:
+        """Open the TensorRT engine that was built of a graph."""
+        if self._engines is None:
+            self._engines = Engines(self.bundle)
+        return self._engines.backend(graph)
 
     def _check(self, graph: str, path: Path, backend: Backend) -> None:
         """Refuse a graph whose interface is not the one the manifest describes."""
@@ -116,8 +128,9 @@ class Opener:
             pairs += [([wanted, *extra], info.inputs), ([wanted, *extra], backend.inputs)]
             if batch == -1 and images and images[0].shape[0] != -1:
                 raise _differs(path, backend.inputs, [wanted])
+        wide = manifest.target not in _ENGINE_TARGETS
         for listed, real in pairs:
-            if not _agree(listed, real):
+            if not _agree(listed, real, wide=wide):
                 raise _differs(path, real, listed)
         if graph != "stem" and "logits" not in {tensor.name for tensor in backend.outputs}:
             raise InputError(
@@ -126,6 +139,15 @@ class Opener:
                 expected="an output named logits",
                 hint="export the bundle again",
             )
+
+
+_ENGINE_TARGETS = ("trt-fp32", "trt-fp16", "trt-bf16")
+_OPEN: dict[str, Callable[[Opener, str, Path, bool], Backend]] = {
+    "onnx": Opener.open_on_cpu,
+    "ort-cpu": Opener.open_on_cpu,
+    "ort-cuda-fp16": Opener.open_on_cuda,
+    **dict.fromkeys(_ENGINE_TARGETS, Opener.open_engine),
+}
 
 
 def _differs(path: Path, real: list[TensorInfo], listed: list[TensorInfo]) -> InputError:
@@ -137,10 +159,17 @@ def _differs(path: Path, real: list[TensorInfo], listed: list[TensorInfo]) -> In
     )
 
 
-def _agree(listed: list[TensorInfo], real: list[TensorInfo]) -> bool:
-    """Tell whether two lists of tensors have the same names, types and sizes; -1 agrees with every size."""
+def _agree(listed: list[TensorInfo], real: list[TensorInfo], *, wide: bool = True) -> bool:
+    """Tell whether two lists of tensors have the same names, types and sizes; -1 agrees with every size.
+
+    Without `wide`, int64 may be int32: TensorRT before 9 has no other.
+    """
+
+    def kind(tensor: TensorInfo) -> str:
+        return tensor.dtype if wide or tensor.dtype != "int64" else "int32"
+
     return len(listed) == len(real) and all(
-        (a.name, a.dtype, len(a.shape)) == (b.name, b.dtype, len(b.shape))
+        (a.name, kind(a), len(a.shape)) == (b.name, kind(b), len(b.shape))
         and all(m == n or -1 in (m, n) for m, n in zip(a.shape, b.shape, strict=True))
         for a, b in zip(listed, real, strict=True)
     )

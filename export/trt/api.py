@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import posixpath
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from edgeprune.errors import EdgepruneWarning, EnvironmentLackError
+from edgeprune.errors import BuildError, EdgepruneError, EdgepruneWarning, EnvironmentLackError
 from edgeprune.export.trt import timing_cache
 from edgeprune.export.trt.choose import choose
 from edgeprune.export.trt.engine_cache import EngineCache, default_folder, key_of
@@ -39,8 +38,8 @@ from edgeprune.runtime.engines import (
     EngineInfo,
     ProfileInfo,
     folder_name,
+    hash_weights,
 )
-from edgeprune.runtime.onnx_files import find_external_locations
 from edgeprune.runtime.router import SLOTS
 from edgeprune.version import __version__
 
@@ -114,13 +113,17 @@ class _Build:
 
     def run(self, roles: Sequence[Role], stopwatch: Stopwatch) -> EngineIndex:
         """Build every candidate, measure, keep the best, describe them and return the index."""
-        plans = [plan for role in roles for plan in role.plans()]
-        found = {plan.source: self._engine(plan, number, len(plans)) for number, plan in enumerate(plans)}
+        found: dict[str, EngineInfo] = {}
+        total, started = sum(len(list(role.plans())) for role in roles), 0
+        buildable: list[Role] = []
+        for role in roles:
+            buildable.append(self._engines(role, found, started, total))
+            started += len(list(role.plans()))
         shares = bucket_shares(self.bundle.manifest)
         kept: dict[str, EngineInfo] = {}  # by the graph its first profile runs
         choices: list[ChoiceInfo] = []
-        for number, role in enumerate(roles):
-            self.report(f"measuring {role.name}", 1 - MEASURING * (1 - number / len(roles)))
+        for number, role in enumerate(buildable):
+            self.report(f"measuring {role.name}", 1 - MEASURING * (1 - number / len(buildable)))
             own = [found[plan.source] for plan in role.plans()]
             before = None if role.needs is None else kept[role.needs]
             times = stopwatch(self.bundle, self.folder, self._index(own), before)
@@ -130,19 +133,46 @@ class _Build:
             for info in own:
                 if any(plan.source == info.source for plan in best):
                     kept[info.profiles[0].graph] = _timed(info, times)
-                else:
-                    self._remove(info)
+        for source in found.keys() - {info.source for info in kept.values()}:
+            self._remove(source)
         index = self._index([*kept.values()], choices)
         for info in index.engines:
             self._describe(info)
         (self.folder / INDEX_NAME).write_text(index.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return index
 
+    def _engines(self, role: Role, found: dict[str, EngineInfo], started: int, total: int) -> Role:
+        """Build a role's candidates and return those that could be built; `found` gets their engines.
+
+        What fails is left out with a warning where the role does without it.
+        """
+        failed: set[str] = set()
+        for number, plan in enumerate(role.plans(), started):
+            error = self._try_engine(plan, number, total, found)
+            if error is None:
+                continue
+            failed.add(plan.source)
+            if not role.without(lambda plan: plan.source in failed).ways:
+                raise error
+            self._remove(plan.source)
+            _warn([f"'{plan.source}' is left out of the choice: {error.message.splitlines()[0]}"])
+        return role.without(lambda plan: plan.source in failed)
+
+    def _try_engine(
+        self, plan: EnginePlan, number: int, total: int, found: dict[str, EngineInfo]
+    ) -> EdgepruneError | None:
+        """Put an engine into `found`, or return why there is none."""
+        try:
+            found[plan.source] = self._engine(plan, number, total)
+        except (BuildError, EnvironmentLackError) as error:
+            return error
+        return None
+
     def _engine(self, plan: EnginePlan, number: int, total: int) -> EngineInfo:
         """Take an engine from the cache or build it; it lies in the folder then."""
-        inputs = self._inputs(plan)
+        inputs, options = self._inputs(plan), self.options
         key = key_of(inputs)
-        cache = EngineCache(default_folder(), reads=self._cached and not self.options.rebuild, writes=self._cached)
+        cache = EngineCache(default_folder(), reads=options.cache and not options.rebuild, writes=options.cache)
         engine, layers = self.folder / f"{plan.source}.engine", self.folder / f"{plan.source}.layers.json"
         built = cache.take(key, engine, layers)
         build_s = 0.0
@@ -158,7 +188,8 @@ class _Build:
             sha256=built.sha256,
             bytes=built.bytes,
             source=plan.source,
-            source_sha256=self._sha256(self.bundle.manifest.graphs[plan.source].file),
+            source_sha256=self._graph_sha256(plan),
+            weights_sha256=hash_weights(self.bundle, plan.source),
             plugin=plan.plugin,
             key=key,
             profiles=[
@@ -170,24 +201,15 @@ class _Build:
             proof=built.proof,
         )
 
-    @property
-    def _cached(self) -> bool:
-        return self.options.cache
-
     def _part(self, number: int, total: int) -> Report:
         """Return a report for one of several builds."""
         return lambda step, share: self.report(step, (1 - MEASURING) * (number + share) / total)
 
     def _inputs(self, plan: EnginePlan) -> dict[str, Any]:
         """Return everything the engine depends on."""
-        file = self.bundle.manifest.graphs[plan.source].file
-        weights = sorted(
-            posixpath.normpath(posixpath.join(posixpath.dirname(file), location))
-            for location in find_external_locations(self.bundle.path / file)
-        )
         return {
-            "graph": self._sha256(file),
-            "weights": [self._sha256(name) for name in weights],
+            "graph": self._graph_sha256(plan),
+            "weights": hash_weights(self.bundle, plan.source),
             "profiles": [job_profile(profile).model_dump() for profile in plan.profiles],
             "tensorrt": self.machine.tensorrt,
             "device": self.machine.device,
@@ -201,7 +223,7 @@ class _Build:
 
     def _job(self, plan: EnginePlan, engine: Path, layers: Path) -> Job:
         path = self.options.timing_cache
-        if path is None and self._cached:
+        if path is None and self.options.cache:
             path = timing_cache.default_path(self.machine.device, self.machine.tensorrt)
         return Job(
             graph=str((self.bundle.path / self.bundle.manifest.graphs[plan.source].file).absolute()),
@@ -217,8 +239,9 @@ class _Build:
             timing_cache=None if path is None else str(path.absolute()),
         )
 
-    def _sha256(self, file: str) -> str:
-        return self.bundle.manifest.files[file].sha256
+    def _graph_sha256(self, plan: EnginePlan) -> str:
+        manifest = self.bundle.manifest
+        return manifest.files[manifest.graphs[plan.source].file].sha256
 
     def _index(self, engines: Sequence[EngineInfo], choices: Sequence[ChoiceInfo] = ()) -> EngineIndex:
         return EngineIndex(
@@ -232,9 +255,9 @@ class _Build:
             choices=list(choices),
         )
 
-    def _remove(self, info: EngineInfo) -> None:
-        for suffix in (".engine", ".layers.json"):
-            (self.folder / f"{info.source}{suffix}").unlink()
+    def _remove(self, source: str) -> None:
+        for suffix in (".engine", ".layers.json", ".log"):
+            (self.folder / f"{source}{suffix}").unlink(missing_ok=True)
 
     def _describe(self, info: EngineInfo) -> None:
         """Write what an engine is beside it, with the commands that time it without us."""

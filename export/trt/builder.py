@@ -113,7 +113,7 @@ def make_plan(trt: Any, logger: Any, job: Job, report: Report) -> Made:
 def make_logger(trt: Any, log: TextIO) -> Any:
     """Return a TensorRT logger that writes into a file; `errors` holds what went wrong."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -136,7 +136,7 @@ def make_monitor(trt: Any, report: Report) -> Any:
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):
         """Phases may lie in each other and come from several threads."""
 
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune.errors import EnvironmentLackError, InputError
-from edgeprune.export.trt.plan import PLUGIN, Role
+from edgeprune.export.trt.plan import Role
 from edgeprune.plugins.loader import import_tensorrt, load_plugins
 from edgeprune.runtime.bundle import hash_file
 from edgeprune.runtime.cuda import find_device
@@ -102,22 +102,14 @@ def with_plugin(machine: Machine, roles: Sequence[Role]) -> tuple[Machine, tuple
     try:
         loaded = load_plugins()
     except EnvironmentLackError as error:
-        native = tuple(_without_plugin(role) for role in roles)
-        if any(not unit.forms for role in native for units in role.ways.values() for unit in units):
+        native = tuple(role.without(lambda plan: plan.plugin) for role in roles)
+        if not all(role.ways for role in native):
             raise
         return machine, native, [f"only the native form is built, since {error.message}; {error.hint}"]
     sha256 = None if loaded.path is None else hash_file(loaded.path).sha256
     by_itself = loaded.way == "self-registration"
     machine = replace(machine, plugin=loaded.path, plugin_sha256=sha256, registers_itself=by_itself)
     return machine, tuple(roles), []
-
-
-def _without_plugin(role: Role) -> Role:
-    ways = {
-        way: tuple(replace(unit, forms={f: plan for f, plan in unit.forms.items() if f != PLUGIN}) for unit in units)
-        for way, units in role.ways.items()
-    }
-    return replace(role, ways=ways)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,8 +54,13 @@ def time_profiles(
         for _, number in _numbered(info):
             by_batch[info.profiles[number].batch].append((info, number))
     times: dict[tuple[str, int], float] = {}
-    for entries in by_batch.values():
-        calls = {(i.file, n): _call(engines.open(i.profiles[n].graph, [(i, n)]), i, n, stem) for i, n in entries}
+    for batch, entries in by_batch.items():
+        backends = [engines.open(info.profiles[n].graph, [(info, n)]) for info, n in entries]
+        given = _given(batch, backends, stem)
+        calls = {}
+        for backend, (info, n) in zip(backends, entries, strict=True):
+            feeds = {**given, SLOTS: np.array(info.profiles[n].slots or [], np.int64)}
+            calls[info.file, n] = partial(backend.run, {tensor.name: feeds[tensor.name] for tensor in backend.inputs})
         times |= measure_in_turns(calls, ROUNDS)
     return times
 
@@ -64,14 +69,12 @@ def _numbered(info: EngineInfo) -> Iterator[tuple[EngineInfo, int]]:
     return ((info, number) for number in range(len(info.profiles)))
 
 
-def _call(backend: Backend, info: EngineInfo, number: int, stem: Backend | None) -> Callable[[], object]:
-    """Return a call that runs a profile on images of noise, or on what the stem makes of them."""
-    profile = info.profiles[number]
-    wanted = [tensor.name for tensor in backend.inputs]
-    images = {IMAGES: _noise(backend if stem is None else stem, profile.batch)}
-    made = images if stem is None else stem.run(images, keep=set(wanted) - {COUNT})
-    given = {**made, SLOTS: np.array(profile.slots or [], np.int64)}
-    return partial(backend.run, {name: given[name] for name in wanted})
+def _given(batch: int, backends: Sequence[Backend], stem: Backend | None) -> dict[str, Any]:
+    """Return images of noise, or what the stem makes of them."""
+    if stem is None:
+        return {IMAGES: _noise(backends[0], batch)}
+    wanted = {tensor.name for backend in backends for tensor in backend.inputs}
+    return stem.run({IMAGES: _noise(stem, batch)}, keep=wanted - {COUNT})
 
 
 def _noise(backend: Backend, batch: int) -> np.ndarray:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from edgeprune.errors import InputError
 from edgeprune.export.trt.options import BuildOptions
@@ -75,6 +75,15 @@ class Role:
         for units in self.ways.values():
             for unit in units:
                 yield from unit.forms.values()
+
+    def without(self, unfit: Callable[[EnginePlan], bool]) -> Role:
+        """Return the role with fewer candidates, and without the ways that are incomplete then; none may be left."""
+        ways: dict[str, tuple[Unit, ...]] = {}
+        for way, units in self.ways.items():
+            fit = [{form: plan for form, plan in unit.forms.items() if not unfit(plan)} for unit in units]
+            if all(fit):
+                ways[way] = tuple(replace(unit, forms=forms) for unit, forms in zip(units, fit, strict=True))
+        return replace(self, ways=ways)
 
 
 def plan_roles(manifest: Manifest, options: BuildOptions) -> tuple[Role, ...]:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +21,8 @@ from edgeprune.runtime.bundle import hash_file
 from edgeprune.runtime.engines import EngineIndex, EngineInfo, ProofInfo
 from tests.cli.conftest import Cli
 from tests.helpers import fake_trt
-from tests.helpers.engines import write_for_tensorrt
 from tests.helpers.tensorrt import empty_machine
+from tests.helpers.trt_bundles import write_for_tensorrt
 
 
 @pytest.fixture(autouse=True)
@@ -298,3 +304,79 @@ def test_interruption_leaves_nothing(
     assert result.code == 130
     assert "interrupted, nothing was written" in result.err
     assert list((bundle.path / "engines").iterdir()) == []
+
+
+# real processes
+
+
+@dataclass
+class Running:
+    """`edgeprune build` in a process of its own, whose building process sleeps."""
+
+    command: subprocess.Popen[str]
+    worker: int
+    bundle: Path
+
+    def end(self) -> tuple[int, str]:
+        _, err = self.command.communicate(timeout=60)
+        return self.command.returncode, err
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    bundle, pid = write_for_tensorrt(tmp_path / "bundle").path, tmp_path / "pid"
+    environment = fake_trt.other_process(tmp_path / "site")
+    body = f"import os, pathlib, time\\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\\ntime.sleep(600)\\n"
+    function = "def build(job, log, report):\n" + "".join(f"    {line}\n" for line in body.split("\\n") if line)
+    with (tmp_path / "site" / "sitecustomize.py").open("a") as site:
+        site.write(f"import types\nmade = types.ModuleType('builder')\nexec({function!r}, made.__dict__)\n")
+        site.write("sys.modules['edgeprune.export.trt.builder'] = made\n")
+    command = subprocess.Popen(
+        [sys.executable, "-m", "edgeprune", "build", str(bundle), "--no-cache"],
+        env={**environment, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: (pid.exists() and pid.read_text()) or command.poll() is not None)
+    assert command.poll() is None, command.communicate()
+    yield Running(command, int(pid.read_text()), bundle)
+    command.kill()
+    command.communicate()
+
+
+def wait_for(condition: Any) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("nothing happened for a minute")
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_the_command_stops_the_building_process(running: Running, number: int, code: int) -> None:
+    running.command.send_signal(number)
+    assert running.end()[0] == code
+    assert is_gone(running.worker)
+    assert list((running.bundle / "engines").iterdir()) == []
+
+
+def test_building_process_leaves_when_the_command_is_killed(running: Running) -> None:
+    running.command.kill()
+    wait_for(lambda: is_gone(running.worker))
+
+
+def test_killed_building_process_exits_with_three_and_advice(running: Running) -> None:
+    os.kill(running.worker, signal.SIGKILL)
+    code, err = running.end()
+    assert code == 3
+    assert "error [out-of-memory]: the process building 1 of 2: model was killed" in err
+    assert "add swap" in err
+    assert list((running.bundle / "engines").iterdir()) == []

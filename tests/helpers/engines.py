@@ -1,137 +1,100 @@
-"""Manifests and bundles for TensorRT: small, written by hand, with graphs that stand for exported ones."""
+"""Engines of the stand-in for TensorRT inside real bundles, written by hand as `edgeprune build` would."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-from onnx import helper, numpy_helper
+from edgeprune.runtime.bundle import Bundle, load_bundle
+from edgeprune.runtime.engines import (
+    ENGINES_FOLDER,
+    INDEX_NAME,
+    EngineIndex,
+    EngineInfo,
+    ProfileInfo,
+    folder_name,
+    hash_weights,
+)
+from edgeprune.runtime.router import SLOTS
+from tests.helpers.fake_trt import FakeTensorRT, make_plan
 
-from edgeprune.runtime.bundle import Bundle, BundleWriter
-from edgeprune.runtime.manifest import Manifest
-from tests.helpers.bundles import graph_info, manifest_fields, tiny_model
-
-ZEROS = "0" * 64
-STAGES = [
-    {"index": i, "block": 3 * i + 3, "where": "before", "tokens_in": 16, "kept": kept, "fused": 0, "adaptive": True}
-    for i, kept in enumerate((16, 12))
-]
-BUCKETS = ((8, 6), (12, 8), (16, 12))
-SHARES = (0.5, 0.3, 0.2)
-
-
-def tensor(name: str, *shape: int, dtype: str = "float32") -> dict[str, Any]:
-    return {"name": name, "dtype": dtype, "shape": list(shape)}
+SCRATCH = 5000
 
 
-def described(name: str, batch: int, **extra: Any) -> dict[str, Any]:
-    """Return a manifest entry of a graph that takes images."""
-    return {
-        "file": f"{name}.onnx",
-        "inputs": [tensor("images", batch, 3, 8, 8)],
-        "outputs": [tensor("logits", batch, 4)],
-        **extra,
-    }
-
-
-def rest(name: str, batch: int, *, told: bool = False, **extra: Any) -> dict[str, Any]:
-    """Return a manifest entry of a graph behind a stem."""
-    inputs = [tensor("tokens", batch, 17, 32, dtype="float16"), tensor("token_count", batch, dtype="int32")]
-    inputs += [tensor("slots", 2, dtype="int64")] if told else []
-    outputs = [tensor("logits", batch, 4), tensor("kept_counts", batch, 2, dtype="int32")]
-    return {"file": f"{name}.onnx", "inputs": inputs, "outputs": outputs, **extra}
-
-
-def engine_manifest(graphs: dict[str, Any], batch: tuple[int, int] = (1, 1), **extra: Any) -> Manifest:
-    """Return a manifest for TensorRT whose files are not there."""
-    files = {info["file"]: {"sha256": ZEROS, "bytes": 1} for info in graphs.values()}
-    fields = {"target": "trt-fp16", "precision": "fp16", **extra}
-    return Manifest.model_validate(
-        {**manifest_fields(graphs, batch, **fields), "tool_version": "0", "created": "", "files": files}
-    )
-
-
-def bucket_manifest(batch: tuple[int, int] = (1, 2), *, told: str | None = "rest", **extra: Any) -> Manifest:
-    """Return a manifest of three buckets, with graphs whose batch is open."""
-    names = [f"rest_{bucket[0]}" for bucket in BUCKETS]
-    graphs = {"stem": described("stem", -1), "dense": described("dense", -1)}
-    graphs |= {name: rest(name, -1) for name in names}
-    if told is not None:
-        graphs[told] = rest(told, -1, told=True)
-    return engine_manifest(
-        {**graphs, **extra},
-        batch,
-        method={"name": "ats", "keep_rate": 1.0, "stages": STAGES},
-        adaptive={
-            "form": "buckets",
-            "told": told,
-            "buckets": [
-                {"capacities": list(bucket), "graph": name, "share": share}
-                for bucket, name, share in zip(BUCKETS, names, SHARES, strict=True)
-            ],
-        },
-    )
-
-
-def write_for_tensorrt(out: Path, batch: tuple[int, int] = (1, 1), *, plugin: bool = False, **extra: Any) -> Bundle:
-    """Write a tiny bundle for trt-fp32 whose graphs share their weights' file.
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine to write.
 
     Args:
-        out: its directory.
-        batch: smallest and largest.
-        plugin: with a variant of "model" that has a node of the plugin.
-        extra: fields of the manifest.
+        source: graph of the manifest it runs.
+        profiles: (graph, batch, slots); by default those of the source.
+        plugins: creators of the plugin it needs.
     """
-    graphs: dict[str, Any] = {}
-    with BundleWriter(out) as writer:
-        models = {"model": tiny_model(batch), "dense": tiny_model(batch, kept=False, scale=2.0)}
-        if plugin:
-            models["model_plugin"] = with_plugin_node(tiny_model(batch, kept=False, scale=3.0))
-        for name, model in models.items():
-            graphs[name] = graph_info(model, f"{name}.onnx")
-            if name == "model_plugin":
-                graphs[name] |= {"variant_of": "model", "plugin": True}
-            onnx.save(
-                model,
-                str(writer.path / f"{name}.onnx"),
-                save_as_external_data=True,
-                location=f"{name}.onnx.data",
-                size_threshold=48,
-                convert_attribute=False,
-            )
-        fields = {"target": "trt-fp32", "selection": "auto" if plugin else "native", **extra}
-        return writer.finish(manifest_fields(graphs, batch, **fields))
+
+    source: str
+    profiles: tuple[tuple[str, int, tuple[int, ...] | None], ...]
+    plugins: tuple[str, ...] = ()
 
 
-def with_plugin_node(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model whose pooled features pass through a GatherTokens of the plugin, which takes them all."""
-    graph = model.graph
-    steps = [
-        helper.make_node("Flatten", ["pooled"], ["flat_features"]),
-        helper.make_node("Unsqueeze", ["flat_features", "one"], ["as_tokens"]),
-        helper.make_node(
-            "GatherTokens",
-            ["as_tokens", "first"],
-            ["gathered"],
-            name="select.gather_tokens",
-            domain="edgeprune",
-            num_prefix_tokens=0,
-            plugin_namespace="edgeprune",
-            plugin_version="1",
-        ),
-        helper.make_node("Flatten", ["gathered"], ["features"]),
-    ]
-    graph.initializer.append(numpy_helper.from_array(_int64([1]), "one"))
-    graph.initializer.append(numpy_helper.from_array(_int64([[0]]).astype("int32"), "first"))
-    old = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([old[0], *steps, *old[2:]])
-    model.opset_import.append(helper.make_opsetid("edgeprune", 1))
-    return model
+def copy_bundle(bundle: Bundle, out: Path, change: Callable[[dict[str, Any]], Any] = lambda m: None) -> Bundle:
+    """Return a copy of a bundle with changes to its manifest."""
+    shutil.copytree(bundle.path, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    change(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return load_bundle(out, check_hashes=False)
 
 
-def _int64(values: Any) -> Any:
-    import numpy as np
+def own_engines(bundle: Bundle, batches: Sequence[int]) -> list[EngineSpec]:
+    """Return an engine for every graph but variants and one that is told, with a profile for each batch."""
+    graphs = bundle.manifest.graphs.items()
+    own = [g for g, info in graphs if info.variant_of is None and all(one.name != SLOTS for one in info.inputs)]
+    return [EngineSpec(g, tuple((g, batch, None) for batch in batches)) for g in own]
 
-    return np.array(values, np.int64)
+
+def write_engines(bundle: Bundle, fake: FakeTensorRT, specs: Sequence[EngineSpec]) -> Path:
+    """Write engines and their index into the folder of the stand-in's device, and return the folder."""
+    folder = bundle.path / ENGINES_FOLDER / folder_name(fake.device.name, fake.version)
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = [_write(bundle, fake, spec, folder) for spec in specs]
+    index = EngineIndex(
+        tool_version="0",
+        created="2026-11-25T00:00:00+00:00",
+        device=fake.device.name,
+        compute_capability=".".join(map(str, fake.device.capability)),
+        tensorrt=fake.version,
+        engines=infos,
+    )
+    (folder / INDEX_NAME).write_text(index.model_dump_json())
+    return folder
+
+
+def _write(bundle: Bundle, fake: FakeTensorRT, spec: EngineSpec, folder: Path) -> EngineInfo:
+    manifest, inputs = bundle.manifest, bundle.manifest.graphs[spec.source].inputs
+    profiles = []
+    for _, batch, slots in spec.profiles:
+        dynamic = [one for one in inputs if -1 in one.shape and one.name != SLOTS]
+        shapes = {one.name: [batch if side == -1 else side for side in one.shape] for one in dynamic}
+        profiles.append((shapes, {} if slots is None else {SLOTS: slots}))
+    scratch = [SCRATCH * (i + 1) for i in range(len(profiles))]
+    plan = make_plan(fake.version, bundle.graph_path(spec.source), profiles, scratch=scratch, plugins=spec.plugins)
+    file = f"{spec.source}.engine"
+    (folder / file).write_bytes(plan)
+    return EngineInfo(
+        file=file,
+        sha256=hashlib.sha256(plan).hexdigest(),
+        bytes=len(plan),
+        source=spec.source,
+        source_sha256=manifest.files[manifest.graphs[spec.source].file].sha256,
+        weights_sha256=hash_weights(bundle, spec.source),
+        plugin=bool(spec.plugins),
+        key="0",
+        profiles=[ProfileInfo(graph=g, batch=b, slots=None if s is None else list(s)) for g, b, s in spec.profiles],
+        scratch_bytes=max(scratch),
+        build_s=1.0,
+    )

@@ -392,6 +392,7 @@ def make_pycuda(device: FakeDevice) -> ModuleType:
 
         def free(self) -> None:
             device.current()
+            device.forbid_in_capture("cuMemFree")
             device.flush()
             device.release(self._memory.start)
 
@@ -417,6 +418,7 @@ def make_pycuda(device: FakeDevice) -> ModuleType:
 
         def free(self) -> None:
             device.current()
+            device.forbid_in_capture("cuMemFree")
             device.flush()
             device.release(self._memory.start)
 
@@ -685,6 +687,7 @@ def install_cuda(device: FakeDevice, monkeypatch: pytest.MonkeyPatch, *, layout:
     package.driver = driver  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pycuda", package)
     monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    monkeypatch.setattr("edgeprune.runtime.cuda._contexts", {})
     for one in ("cuda", "cuda.bindings", *LAYOUTS):
         monkeypatch.setitem(sys.modules, one, None)
     if layout is None:

@@ -28,7 +28,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from edgeprune.export.ops.functions import function_for
+from edgeprune.export.emulate import emulated
 from tests.helpers.fake_cuda import (
     ALIGNMENT,
     LAYOUTS,
@@ -194,39 +194,43 @@ def _shape_inputs(proto: onnx.ModelProto, inputs: Sequence[Tensor]) -> set[str]:
     return found
 
 
-@lru_cache(maxsize=32)
-def _session(source: str, stamp: float) -> onnxruntime.InferenceSession:
+@dataclass(frozen=True)
+class _Computer:
+    """A graph in ONNX Runtime. Typed graphs and nodes of the plugin are emulated: low types are float32 arrays then."""
+
+    session: onnxruntime.InferenceSession
+    widened: bool
+
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        """Return the outputs as an engine stores them."""
+        given = {name: self._widen(array) for name, array in feeds.items()}
+        found = self.session.run([one.name for one in outputs], given)
+        return {one.name: _stored(array, one.onnx_type) for one, array in zip(outputs, found, strict=True)}
+
+    def _widen(self, array: np.ndarray) -> np.ndarray:
+        if array.dtype == np.uint16:  # the bits of bfloat16
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32) if self.widened and array.dtype == np.float16 else array
+
+
+def _stored(array: np.ndarray, onnx_type: int) -> np.ndarray:
+    if onnx_type == TensorProto.BFLOAT16:  # rounded already
+        return (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
+    return array.astype(KINDS[onnx_type][1])
+
+
+@lru_cache(maxsize=64)
+def _computer(source: Path, stamp: float, data: bytes | None = None) -> _Computer:
+    """Return what computes a graph: the one in a file, changed at a time, or the one in some bytes."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    proto = onnx.load(source, load_external_data=False)
-    model: Any = source
-    if any(node.domain == "edgeprune" for node in proto.graph.node):
-        model = _with_bodies(onnx.load(source)).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _with_bodies(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Give every node of the plugin its portable body."""
-    opset = next(one.version for one in proto.opset_import if one.domain == "")
-    made = {}
-    for node in proto.graph.node:
-        if node.domain != "edgeprune":
-            continue
-        attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
-        how = (int(attributes.get("order", 0)), int(attributes.get("mode", 0)))
-        body = onnx.FunctionProto()
-        body.CopyFrom(function_for(node.op_type, opset, *how))
-        kept = [one for one in node.attribute if one.name in body.attribute]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-        node.op_type = body.name = f"{body.name}_{how[0]}_{how[1]}"
-        made[body.name] = body
-    del proto.functions[:]
-    proto.functions.extend(made.values())
-    if not any(one.domain == "edgeprune" for one in proto.opset_import):
-        proto.opset_import.add(domain="edgeprune", version=1)
-    return proto
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(source.parent))
+    proto = onnx.load(source, load_external_data=False) if data is None else onnx.load_model_from_string(data)
+    low = {one.data_type for one in proto.graph.initializer} & {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    widened = bool(low) or any(node.domain == "edgeprune" for node in proto.graph.node)
+    model = (emulated(proto) if widened else proto).SerializeToString()
+    return _Computer(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]), widened)
 
 
 # plans
@@ -984,13 +988,12 @@ def _running(fake: FakeTensorRT) -> list[type]:
             return any(one.name == name for one in self._model.inputs)
 
         def _compute(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            source = self._plan.get("model")
-            if source is None:
-                found = onnxruntime.InferenceSession(base64.b64decode(self._plan["model_bytes"]))
+            if "model" in self._plan:
+                source = Path(self._plan["model"])
+                computer = _computer(source, source.stat().st_mtime)
             else:
-                found = _session(source, Path(source).stat().st_mtime)
-            names = [one.name for one in self._model.outputs]
-            return dict(zip(names, found.run(names, dict(feeds)), strict=True))
+                computer = _computer(Path(), 0.0, base64.b64decode(self._plan["model_bytes"]))
+            return computer.run(feeds, self._model.outputs)
 
         name = property(lambda self: "Unnamed Network 0")
         num_io_tensors = property(lambda self: len(self._io))

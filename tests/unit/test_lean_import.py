@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.bundles import WEIGHTS, write_tiny
+from tests.helpers.trt_bundles import write_for_tensorrt
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "sklearn", "scipy", "openvino", "tensorrt", "pycuda")
@@ -36,7 +37,10 @@ def python(code: str, *args: object) -> str:
         "edgeprune.plugins.build",
         "edgeprune.bench",
         "edgeprune.export",
+        "edgeprune.export.trt.api",
+        "edgeprune.export.trt.builder",
         "edgeprune.cli.main",
+        "edgeprune.cli.build",
     ],
 )
 def test_import_loads_no_heavy_package(module: str) -> None:
@@ -64,3 +68,16 @@ print(json.dumps([logits.tolist(), session.classify([sys.argv[3]], top=1)[0].top
     logits, label = json.loads(python(code, bundle.path, tmp_path / "images.npy", tmp_path / "green.png"))
     np.testing.assert_allclose(logits, images.mean((2, 3)) @ WEIGHTS, rtol=1e-4, atol=1e-6)
     assert label == "green"
+
+
+def test_engines_are_planned_where_only_the_run_time_is_installed(tmp_path: Path) -> None:
+    code = """
+import sys
+for name in ("torch", "onnx", "onnx_graphsurgeon", "onnxruntime", "sklearn", "safetensors"):
+    sys.modules[name] = None  # importing it raises ImportError
+from edgeprune.cli.app import run
+sys.exit(run(["build", sys.argv[1], "--dry-run"]))
+"""
+    bundle = write_for_tensorrt(tmp_path / "bundle", plugin=True)
+    rows = python(code, bundle.path).splitlines()
+    assert [row.split()[2] for row in rows[1:]] == ["model", "model_plugin", "dense"]

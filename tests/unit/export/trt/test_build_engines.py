@@ -17,7 +17,7 @@ from edgeprune.export.trt.job import Built, Job
 from edgeprune.runtime.bundle import Bundle, hash_file, load_bundle
 from edgeprune.runtime.engines import EngineIndex, EngineInfo
 from tests.helpers import fake_trt
-from tests.helpers.engines import write_for_tensorrt
+from tests.helpers.trt_bundles import write_for_tensorrt, write_two_buckets
 
 FOLDER = {version: f"nvidia-pretend-gpu-trt{version}" for version in fake_trt.VERSIONS}
 NEW = fake_trt.VERSIONS[1]
@@ -59,10 +59,12 @@ class Machine:
 
     Attributes:
         built: engines that were built, in order.
+        refused: engines that cannot be built.
     """
 
     monkeypatch: pytest.MonkeyPatch
     built: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
 
     def install(self, version: str) -> None:
         fake_trt.install(self.monkeypatch, version)
@@ -70,6 +72,9 @@ class Machine:
     def run_job(self, job: Job, what: str, report: Callable[[str, float], None]) -> Built:
         self.built.append(Path(job.engine).stem)
         report(f"building {what}, 0 s", 0.0)
+        if self.built[-1] in self.refused:
+            Path(job.log).touch()
+            raise BuildError("no kernel", code="engine-build", hint="none")
         with Path(job.log).open("w") as log:
             return builder.build(job, log, lambda step, share: report(f"building {what}, {step}", share))
 
@@ -278,6 +283,35 @@ def test_failure_keeps_earlier_engines(processes: Callable[..., None], tmp_path:
     fails(bundle, "engine-build", BuildError, rebuild=True)
     stored = bundle.path / "engines" / FOLDER[NEW] / "index.json"
     assert EngineIndex.model_validate_json(stored.read_bytes()) == index
+
+
+def test_candidate_that_cannot_be_built_is_left_out(machine: Machine, tmp_path: Path) -> None:
+    machine.refused = {"model_plugin"}
+    bundle = write_for_tensorrt(tmp_path / "bundle", plugin=True)
+    watch = Watch()
+    with pytest.warns(EdgepruneWarning, match="^'model_plugin' is left out of the choice: no kernel"):
+        index = build(bundle, watch)
+    assert watch.asked == [(["model"], None), (["dense"], None)]
+    assert [info.source for info in index.engines] == ["model", "dense"]
+    assert index.choices == []
+    assert not list((bundle.path / "engines" / FOLDER[NEW]).glob("model_plugin*"))
+
+
+def test_way_that_cannot_be_built_is_left_out(machine: Machine, tmp_path: Path) -> None:
+    machine.refused = {"rest_2"}
+    watch = Watch()
+    with pytest.warns(EdgepruneWarning, match="^'rest_2' is left out"):
+        index = build(write_two_buckets(tmp_path / "bundle"), watch)
+    assert watch.asked == [(["stem"], None), (["rest"], "stem")]
+    assert [info.source for info in index.engines] == ["stem", "rest"]
+
+
+def test_last_candidate_that_cannot_be_built_is_an_error(machine: Machine, tmp_path: Path) -> None:
+    machine.refused = {"model", "model_plugin"}
+    bundle = write_for_tensorrt(tmp_path / "bundle", plugin=True)
+    with pytest.warns(EdgepruneWarning, match="^'model' is left out"):
+        fails(bundle, "engine-build", BuildError)
+    assert machine.built == ["model", "model_plugin"]
 
 
 def test_interruption_leaves_nothing(machine: Machine, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from edgeprune.export.trt.machine import check_target, check_version, find_machi
 from edgeprune.export.trt.options import BuildOptions
 from edgeprune.export.trt.plan import Role, plan_roles
 from tests.helpers import fake_trt
-from tests.helpers.engines import described, engine_manifest
 from tests.helpers.tensorrt import compile_library, empty_machine
+from tests.helpers.trt_bundles import described, engine_manifest
 
 MODEL = {"model": described("model", 1)}
 VARIANT = {**MODEL, "model_plugin": described("model_plugin", 1, variant_of="model", plugin=True)}

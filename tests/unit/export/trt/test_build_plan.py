@@ -9,7 +9,7 @@ import pytest
 from edgeprune.errors import InputError
 from edgeprune.export.trt.options import BuildOptions
 from edgeprune.export.trt.plan import Role, batches_of, bucket_shares, plan_roles
-from tests.helpers.engines import BUCKETS, SHARES, STAGES, bucket_manifest, described, engine_manifest, rest
+from tests.helpers.trt_bundles import BUCKETS, SHARES, STAGES, bucket_manifest, described, engine_manifest, rest
 
 
 def role(roles: tuple[Role, ...], name: str) -> Role:
@@ -185,3 +185,12 @@ def test_unknown_shares_are_equal() -> None:
 def test_name_that_would_leave_the_folder_is_refused(name: str) -> None:
     graphs = {"model": described("model", 1), name: described("other", 1)}
     assert repr(name) in refused("bundle-invalid", engine_manifest(graphs)).message
+
+
+def test_role_without_some_candidates_loses_incomplete_ways() -> None:
+    rests = role(plan_roles(bucket_manifest(), BuildOptions()), "rest")
+    assert list(rests.without(lambda plan: plan.source == "rest_12").ways) == ["profiles"]
+    assert list(rests.without(lambda plan: plan.source == "rest").ways) == ["per-bucket"]
+    assert rests.without(lambda plan: True).ways == {}
+    model = role(plan_roles(engine_manifest(variants(), selection="auto"), BuildOptions()), "model")
+    assert [plan.source for plan in model.without(lambda plan: plan.plugin).plans()] == ["model"]

@@ -17,8 +17,8 @@ from edgeprune.export.trt.builder import build
 from edgeprune.export.trt.job import Built, Job, JobProfile
 from tests.helpers import fake_trt
 from tests.helpers.bundles import tiny_model
-from tests.helpers.engines import with_plugin_node
 from tests.helpers.fake_trt import FakeTensorRT
+from tests.helpers.trt_bundles import with_plugin_node
 
 OLD, NEW = fake_trt.VERSIONS
 

@@ -7,7 +7,7 @@ import pytest
 from edgeprune.export.trt.choose import LEAST_GAIN, choose, score
 from edgeprune.export.trt.options import BuildOptions
 from edgeprune.export.trt.plan import Role, bucket_shares, plan_roles
-from tests.helpers.engines import BUCKETS, SHARES, bucket_manifest, described, engine_manifest
+from tests.helpers.trt_bundles import BUCKETS, SHARES, bucket_manifest, described, engine_manifest
 
 GRAPHS = {
     "model": described("model", -1),

@@ -1,0 +1,451 @@
+"""One graph of a bundle on TensorRT: a context and CUDA graphs per profile, fixed addresses, nothing waited for twice.
+
+Host arrays go to the device through page-locked memory and come back through it. Small integers, such as the token
+count a router reads, are written by the engine into mapped memory, so that no copy stands between them and the host.
+What is only handed on stays on the device as `DeviceRows`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeprune.errors import EdgepruneWarning, InputError
+from edgeprune.runtime.cuda import Buffer, CaptureFailed, Graph, Mapped
+from edgeprune.runtime.engines import ProfileInfo
+from edgeprune.runtime.manifest import GraphInfo, TensorInfo
+from edgeprune.runtime.router import COUNT, IMAGES, SLOTS
+
+if TYPE_CHECKING:
+    from edgeprune.runtime.trt import Gpu
+
+MAPPED_BYTES = 4096  # integers up to this size are written to the host directly
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
+_FROM_HOST, _ON_DEVICE = "host", "device"  # where an input is before a run: in staging memory, or in its own buffer
+_Key = tuple[tuple[str | int, ...], int, frozenset[str]]
+
+
+class _Lease:
+    """As long as it lives, the output buffers of a run are not written again."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows that lie one behind the other; `first` of them are before the first in the same buffer."""
+
+    address: int
+    first: int
+    rows: int
+    lease: _Lease
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """Rows of a tensor on the device; slices and joins of them copy nothing. They hold as long as anybody has them.
+
+    Attributes:
+        shape: as of an array.
+        dtype: name of the type, "bfloat16" too.
+    """
+
+    pieces: tuple[_Piece, ...]
+    tail: tuple[int, ...]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and the sides of one."""
+        return (len(self), *self.tail)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.tail) * storage(self.dtype).itemsize
+
+    def __len__(self) -> int:
+        return sum(piece.rows for piece in self.pieces)
+
+    def __getitem__(self, rows: slice) -> DeviceRows:
+        start, stop, _ = rows.indices(len(self))
+        pieces, at = [], 0
+        for piece in self.pieces:
+            low, high = max(start - at, 0), min(stop - at, piece.rows)
+            at += piece.rows
+            if low < high:
+                address = piece.address + low * self.row_bytes
+                pieces.append(_Piece(address, piece.first + low, high - low, piece.lease))
+        return DeviceRows(tuple(pieces), self.tail, self.dtype)
+
+
+def join_rows(parts: Sequence[DeviceRows]) -> DeviceRows:
+    """Return rows one behind the other; neighbours in memory become one piece."""
+    first, joined = parts[0], list(parts[0].pieces)
+    for piece in (piece for part in parts[1:] for piece in part.pieces):
+        last = joined[-1]
+        if piece.lease is last.lease and piece.address == last.address + last.rows * first.row_bytes:
+            joined[-1] = _Piece(last.address, last.first, last.rows + piece.rows, last.lease)
+        else:
+            joined.append(piece)
+    return DeviceRows(tuple(joined), first.tail, first.dtype)
+
+
+def storage(dtype: str) -> np.dtype[Any]:
+    """Return the type of a tensor's elements in numpy, which has no bfloat16: its bits then."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
+@dataclass(frozen=True)
+class _Port:
+    """An input or output; -1 marks a side that a profile decides."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class EngineProfile:
+    """An execution context for one profile of an engine, bound to one shape for good.
+
+    Args:
+        gpu: shared with other engines.
+        engine: TensorRT's.
+        number: of the profile.
+        info: what the profile is for.
+
+    Attributes:
+        shapes: of every tensor on the device.
+        rows: images, as the engine says; None when no side depends on the profile.
+        graphs: captured runs, by where inputs and outputs lie.
+
+    Raises:
+        EnvironmentLackError: `gpu-out-of-memory`, `engine-run-failed`.
+    """
+
+    def __init__(self, gpu: Gpu, engine: Any, number: int, info: ProfileInfo) -> None:
+        self.gpu, self.info = gpu, info
+        self.graphs: dict[_Key, Graph] = {}
+        self.inputs, self.outputs, told = _ports(gpu.trt, engine)
+        self._engine, self._context = engine, gpu.context(engine)
+        if self._context.active_optimization_profile != number:
+            self._want(self._context.set_optimization_profile_async(number, gpu.stream.handle), f"profile {number}")
+        self._slots = np.array(info.slots or [], told.dtype if told is not None else np.int64)
+        if told is not None:  # read on the host whenever the engine is enqueued
+            self._want(self._context.set_tensor_address(told.name, self._slots.ctypes.data), told.name)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.rows: int | None = None
+        for port in self.inputs:
+            self.shapes[port.name] = port.shape
+            if -1 in port.shape:
+                _, shape, _ = engine.get_tensor_profile_shape(port.name, number)
+                self.shapes[port.name] = tuple(shape)
+                self.rows = self.shapes[port.name][0]
+                self._want(self._context.set_input_shape(port.name, self.shapes[port.name]), port.name)
+        lacking = self._context.infer_shapes()
+        if lacking:
+            raise gpu.failure(f"TensorRT does not know the shapes of {', '.join(lacking)} of '{info.graph}'")
+        for port in self.outputs:
+            self.shapes[port.name] = tuple(self._context.get_tensor_shape(port.name))
+            if -1 in self.shapes[port.name]:
+                raise gpu.failure(f"the size of the output {port.name} is not known before a run")
+        gpu.share_scratch(self, _scratch_bytes(engine))
+
+    def take_scratch(self, scratch: Buffer) -> None:
+        """Use another block of scratch memory; graphs know the old one and go."""
+        self.graphs.clear()
+        if hasattr(self._context, "set_device_memory"):
+            self._context.set_device_memory(scratch.address, scratch.nbytes)
+        else:
+            self._context.device_memory = scratch.address
+
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
+        """Give a run to the stream.
+
+        Raises:
+            EnvironmentLackError: `engine-run-failed`, `gpu-out-of-memory`.
+        """
+        for name, address in addresses.items():
+            self._want(self._context.set_tensor_address(name, address), f"the address of {name}")
+        self.gpu.logger.errors.clear()
+        if not self._context.execute_async_v3(self.gpu.stream.handle):
+            raise self.gpu.failure(f"TensorRT does not run '{self.info.graph}'", graph=self.info.graph)
+
+    def nbytes(self, port: _Port) -> int:
+        """Return the bytes of a tensor."""
+        return math.prod(self.shapes[port.name]) * storage(port.dtype).itemsize
+
+    def _want(self, done: bool, what: str) -> None:
+        if not done:
+            raise self.gpu.failure(f"TensorRT refuses {what} of '{self.info.graph}'")
+
+
+@dataclass
+class _Outputs:
+    """Buffers for the outputs of a run, by name; taken while somebody holds the lease."""
+
+    buffers: dict[str, Buffer]
+    lease: weakref.ref[_Lease] | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.lease is None or self.lease() is None
+
+
+@dataclass
+class _HostSide:
+    """Page-locked memory of the largest profile, made when it is first needed."""
+
+    staging: dict[str, np.ndarray] = field(default_factory=dict)
+    landing: dict[str, np.ndarray] = field(default_factory=dict)
+    mapped: dict[str, Mapped] = field(default_factory=dict)
+
+
+class EngineBackend:
+    """A graph on one or several engines, as `Backend` of the router; several threads may call it.
+
+    Args:
+        gpu: shared with the other graphs of the bundle, one of which runs at a time.
+        graph: its name.
+        profiles: for the batches, and slots, it can run.
+        info: what the manifest says of it: the order of inputs and outputs, and whether a caller tells the slots.
+        kept: outputs that other graphs read, to capture the usual run beforehand.
+
+    Attributes:
+        inputs, outputs: as the engine has them; a batch of -1 takes any.
+
+    Raises:
+        EnvironmentLackError: `gpu-out-of-memory`, `engine-run-failed`.
+    """
+
+    def __init__(
+        self, gpu: Gpu, graph: str, profiles: Sequence[EngineProfile], info: GraphInfo, kept: Collection[str] = ()
+    ) -> None:
+        self._gpu, self._graph = gpu, graph
+        self._profiles = sorted(profiles, key=lambda profile: profile.info.batch)
+        self._told = any(tensor.name == SLOTS for tensor in info.inputs)
+        self._in = _ordered(self._profiles[0].inputs, info.inputs)
+        self._out = _ordered(self._profiles[0].outputs, info.outputs)
+        self.inputs = [self._describe(port) for port in self._in]
+        if self._told:
+            stages = len(self._profiles[0].info.slots or [])
+            at = [tensor.name for tensor in info.inputs].index(SLOTS)
+            self.inputs.insert(at, TensorInfo(name=SLOTS, dtype="int64", shape=[stages]))
+        self.outputs = [self._describe(port) for port in self._out]
+        self._host, self._sets = _HostSide(), list[_Outputs]()
+        self._own = {port.name: self._buffer(port) for port in self._in}
+        self._done = gpu.cuda.event()
+        self._prepare(frozenset(kept))
+
+    def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
+        """Return every output by name: arrays, and `DeviceRows` for outputs in `keep`.
+
+        A batch runs in the smallest profile that holds it, filled up with its last image; a larger one than any runs
+        in several turns. A bfloat16 array is an array of its bits, uint16.
+
+        Raises:
+            InputError: `slots` when no engine was built for them.
+            EnvironmentLackError: `engine-run-failed`, `gpu-failed`, `gpu-out-of-memory`.
+        """
+        slots = tuple(int(n) for n in feeds[SLOTS]) if self._told else None
+        profiles = [p for p in self._profiles if slots is None or tuple(p.info.slots or ()) == slots]
+        if not profiles:
+            built = sorted({str(profile.info.slots) for profile in self._profiles})
+            raise InputError(
+                f"no engine of '{self._graph}' was built for the slots {list(slots or ())}",
+                code="slots",
+                expected=f"one of {', '.join(built)}",
+                hint="build the engines again: edgeprune build",
+            )
+        count = len(feeds[self._in[0].name])
+        with self._gpu.lock, self._gpu.cuda:
+            turns = [self._turn(profile, feeds, at, n, keep) for profile, at, n in self._turns(profiles, count)]
+        if len(turns) == 1:
+            return turns[0]
+        return {name: self.join([turn[name] for turn in turns]) for name in turns[0]}
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """Return some parts as one feed: rows of the device together, or arrays as an array."""
+        if isinstance(parts[0], DeviceRows):
+            return join_rows(parts)
+        return np.concatenate(parts)
+
+    def _turns(self, profiles: Sequence[EngineProfile], count: int) -> Iterator[tuple[EngineProfile, int, int]]:
+        """Yield (profile, first image, images) until all have run."""
+        largest = profiles[-1].info.batch
+        for at in range(0, count, largest):
+            n = min(count - at, largest)
+            yield next(profile for profile in profiles if profile.info.batch >= n), at, n
+
+    def _turn(
+        self, profile: EngineProfile, feeds: Mapping[str, Any], at: int, count: int, keep: Collection[str]
+    ) -> dict[str, Any]:
+        """Run one profile on some of the images."""
+        places = tuple(self._bring(profile, port, feeds[port.name][at : at + count]) for port in self._in)
+        number = next((i for i, outputs in enumerate(self._sets) if outputs.free), None)
+        number = self._add_outputs() if number is None else number
+        key = (places, number, frozenset(port.name for port in self._out if port.name not in keep))
+        self._launch(profile, key)
+        lease = _Lease()
+        self._sets[number].lease = weakref.ref(lease)
+        return {port.name: self._collect(profile, port, key, count, lease) for port in self._out}
+
+    def _launch(self, profile: EngineProfile, key: _Key) -> None:
+        """Run what a key says, and wait for it; the second time as a CUDA graph."""
+        graph = profile.graphs.get(key)
+        if graph is None:
+            self._enqueue(profile, key)
+        else:
+            graph.launch(self._gpu.stream)
+        self._gpu.cuda.record(self._done, self._gpu.stream)
+        self._gpu.cuda.wait(self._done)
+        if graph is None and self._gpu.graphs:
+            try:
+                profile.graphs[key] = self._gpu.cuda.capture(self._gpu.stream, lambda: self._enqueue(profile, key))
+            except CaptureFailed as error:
+                self._gpu.graphs = False
+                warnings.warn(
+                    f"engines run without CUDA graphs, which costs time at every run: {error}",
+                    EdgepruneWarning,
+                    stacklevel=2,
+                )
+
+    def _enqueue(self, profile: EngineProfile, key: _Key) -> None:
+        """Give the copies of a run and the run itself to the stream; also while it is captured."""
+        cuda, stream = self._gpu.cuda, self._gpu.stream
+        places, number, to_host = key
+        addresses = {}
+        for port, place in zip(self._in, places, strict=True):
+            own = self._own[port.name].address
+            addresses[port.name] = place if isinstance(place, int) else own
+            if place == _FROM_HOST:
+                cuda.to_device(own, self._host.staging[port.name][: profile.nbytes(port)], stream)
+        for port in self._out:
+            held: Buffer | Mapped = self._sets[number].buffers[port.name]
+            addresses[port.name] = self._mapped(port).address if self._is_mapped(port, key) else held.address
+        profile.enqueue(addresses)
+        for port in self._out:
+            if port.name in to_host and not self._is_mapped(port, key):
+                cuda.to_host(self._landing(port)[: profile.nbytes(port)], addresses[port.name], stream)
+
+    def _bring(self, profile: EngineProfile, port: _Port, feed: Any) -> str | int:
+        """Bring a feed to where the run expects it, and say where: staging, own buffer, or the address it has."""
+        cuda, stream = self._gpu.cuda, self._gpu.stream
+        rows = profile.shapes[port.name][0]
+        if not isinstance(feed, DeviceRows):
+            array = self._staging(port)[: profile.nbytes(port)].view(storage(port.dtype))
+            array = array.reshape(profile.shapes[port.name])
+            np.copyto(array[: len(feed)], feed, casting="same_kind")
+            array[len(feed) :] = array[len(feed) - 1]
+            return _FROM_HOST
+        if len(feed.pieces) == 1 and feed.pieces[0].first == 0 and len(feed) == rows:
+            return feed.pieces[0].address
+        at = self._own[port.name].address
+        for piece in feed.pieces:
+            cuda.on_device(at, piece.address, piece.rows * feed.row_bytes, stream)
+            at += piece.rows * feed.row_bytes
+        last = feed.pieces[-1].address + (feed.pieces[-1].rows - 1) * feed.row_bytes
+        for more in range(rows - len(feed)):
+            cuda.on_device(at + more * feed.row_bytes, last, feed.row_bytes, stream)
+        return _ON_DEVICE
+
+    def _collect(self, profile: EngineProfile, port: _Port, key: _Key, count: int, lease: _Lease) -> Any:
+        """Return an output of a run that is over, without the images that filled it up."""
+        shape, (_, number, to_host) = profile.shapes[port.name], key
+        if port.name not in to_host:
+            address = self._sets[number].buffers[port.name].address
+            return DeviceRows((_Piece(address, 0, count, lease),), shape[1:], port.dtype)
+        held = self._mapped(port).array if self._is_mapped(port, key) else self._landing(port)
+        return held[: profile.nbytes(port)].view(storage(port.dtype)).reshape(shape)[:count].copy()
+
+    def _prepare(self, kept: frozenset[str]) -> None:
+        """Run every profile once on zeros and capture it."""
+        number = self._add_outputs()
+        places: list[str | int] = []
+        for port in self._in:
+            own = self._own[port.name]
+            self._gpu.cuda.clear(own.address, own.nbytes, self._gpu.stream)
+            places.append(_FROM_HOST if port.name in (IMAGES, COUNT) else _ON_DEVICE)
+            if places[-1] == _FROM_HOST:
+                self._staging(port)[:] = 0
+        to_host = frozenset(port.name for port in self._out) - kept
+        for profile in self._profiles:
+            self._launch(profile, (tuple(places), number, to_host))
+
+    def _add_outputs(self) -> int:
+        self._sets.append(_Outputs({port.name: self._buffer(port) for port in self._out}))
+        return len(self._sets) - 1
+
+    def _buffer(self, port: _Port) -> Buffer:
+        return self._gpu.cuda.device_buffer(self._most(port))
+
+    def _most(self, port: _Port) -> int:
+        return max(profile.nbytes(port) for profile in self._profiles)
+
+    def _is_mapped(self, port: _Port, key: _Key) -> bool:
+        return port.name in key[2] and port.dtype in ("int32", "int64") and self._most(port) <= MAPPED_BYTES
+
+    def _mapped(self, port: _Port) -> Mapped:
+        if port.name not in self._host.mapped:
+            self._host.mapped[port.name] = self._gpu.cuda.mapped(self._most(port))
+        return self._host.mapped[port.name]
+
+    def _staging(self, port: _Port) -> np.ndarray:
+        if port.name not in self._host.staging:
+            self._host.staging[port.name] = self._gpu.cuda.pinned(self._most(port))
+        return self._host.staging[port.name]
+
+    def _landing(self, port: _Port) -> np.ndarray:
+        if port.name not in self._host.landing:
+            self._host.landing[port.name] = self._gpu.cuda.pinned(self._most(port))
+        return self._host.landing[port.name]
+
+    def _describe(self, port: _Port) -> TensorInfo:
+        """Return a tensor as the manifest would: -1 for a batch that varies, else the side all profiles agree on."""
+        seen = [profile.shapes[port.name] for profile in self._profiles]
+        sides = [values[0] if len(set(values)) == 1 else -1 for values in zip(*seen, strict=True)]
+        if port.shape[:1] == (-1,):
+            sides[0] = -1
+        return TensorInfo(name=port.name, dtype=port.dtype, shape=sides)
+
+
+def _ports(trt: Any, engine: Any) -> tuple[list[_Port], list[_Port], _Port | None]:
+    """Return inputs and outputs on the device, and the input that is read on the host."""
+    inputs, outputs, told = list[_Port](), list[_Port](), None
+    for i in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(i)
+        kind = engine.get_tensor_dtype(name).name
+        port = _Port(name, _DTYPES.get(kind, kind), tuple(engine.get_tensor_shape(name)))
+        if engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT:
+            outputs.append(port)
+        elif engine.get_tensor_location(name) == trt.TensorLocation.HOST:
+            told = port
+        else:
+            inputs.append(port)
+    return inputs, outputs, told
+
+
+def _ordered(ports: Sequence[_Port], listed: Sequence[TensorInfo]) -> list[_Port]:
+    """Return ports in the order the manifest lists them, unknown ones last."""
+    order = {tensor.name: i for i, tensor in enumerate(listed)}
+    return sorted(ports, key=lambda port: order.get(port.name, len(order)))
+
+
+def _scratch_bytes(engine: Any) -> int:
+    """Return the device memory a context needs, of the profile that needs most."""
+    if hasattr(engine, "device_memory_size_v2"):
+        return int(engine.device_memory_size_v2)
+    return int(engine.device_memory_size)
