@@ -47,16 +47,17 @@ BUDGET_S = 570.0  # ten minutes, less what starting and fetching take
 BATCHES = (1, 8, 32)
 EFFICIENCY_GOAL, EFFICIENCY_BATCH = 0.9, 8
 EVIT = ("--method", "evit", "--random-weights", "--no-verify")
+TRT = ("--target", "trt-fp16", "--no-engine")
 SAIT_OPTION = "mass=0.9"
 
 # What each bundle is exported with; "{weights}" is a checkpoint that is made first, "{buckets}" are sizes.
 BUNDLES: dict[str, tuple[str, ...]] = {
-    "static": (*EVIT, "--keep-rate", "0.7", "--target", "trt-fp16", "--selection", "auto", "--batch", "1:32"),
+    "static": (*EVIT, "--keep-rate", "0.7", *TRT, "--selection", "auto", "--batch", "1:32"),
     "buckets": (
         *("--method", "sait", "--method-option", SAIT_OPTION, "--checkpoint", "{weights}", "--no-verify"),
-        *("--target", "trt-fp16", "--buckets", "{buckets}"),
+        *(*TRT, "--buckets", "{buckets}"),
     ),
-    "density": (*EVIT, "--keep-rate", "1,0.7,0.5", "--target", "trt-fp16"),
+    "density": (*EVIT, "--keep-rate", "1,0.7,0.5", *TRT),
     "cuda": (*EVIT, "--keep-rate", "0.7", "--target", "ort-cuda-fp16", "--batch", "1:32"),
 }
 BUCKET_SHARES = (0.3, 0.5, 0.75)
