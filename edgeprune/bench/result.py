@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from edgeprune.bench.adaptive import AdaptiveResult
 from edgeprune.bench.callers import CallersResult
+from edgeprune.bench.energy import EnergyResult
 from edgeprune.bench.images import NOISE
+from edgeprune.bench.layers import LayersResult
+from edgeprune.bench.scenarios import ScenarioResult
 from edgeprune.bench.stats import Percentile, Ratio
+from edgeprune.bench.telemetry import TelemetryResult
+from edgeprune.errors import InputError
 
 SCHEMA = "edgeprune-bench/1"
+SWEEP_SCHEMA = "edgeprune-bench-sweep/1"
 RatioClock = Literal["cpu", "wall"]
 
 
@@ -21,7 +31,11 @@ class RunnerResult:
 
     Attributes:
         wall_ms, cpu_ms: raw samples, one run of the whole batch each; of an adaptive bundle the mean run of one pass
-            over all images.
+            over all images; with multi-stream one query each, with fixed-fps from the moment a frame was due.
+        gpu_ms, enqueue_ms: raw samples of the time between events on the device, and of giving it the work, in the
+            order of `wall_ms`; None where the backend does not tell them.
+        at_s: when each sample began, seconds since the measuring did; only with the scenario sustained.
+        energy: of an image, where the machine tells its power.
         percentiles: of the wall time, keys "p90", "p95", "p99".
         speedup: how many times faster than the dense graph, paired; None for the dense graph itself.
         outliers: samples above three times the median wall time; none is removed.
@@ -41,6 +55,33 @@ class RunnerResult:
     speedup: Ratio | None
     wall_ms: list[float]
     cpu_ms: list[float]
+    median_gpu_ms: float | None = None
+    median_enqueue_ms: float | None = None
+    gpu_ms: list[float] | None = None
+    enqueue_ms: list[float] | None = None
+    at_s: list[float] | None = None
+    energy: EnergyResult | None = None
+
+
+@dataclass(frozen=True)
+class WarmupResult:
+    """What was run before measuring.
+
+    Attributes:
+        rounds: as `warmup_rounds` of the whole result.
+        elapsed_s: seconds it took.
+        stable: it ended because times stood still, not because its time was up.
+        window: rounds of a window; it ends when two windows in a row agree.
+        tolerance: largest change of any graph's median between two windows.
+        changes: that largest change at every window but the first, as a share.
+    """
+
+    rounds: int
+    elapsed_s: float
+    stable: bool
+    window: int
+    tolerance: float
+    changes: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -131,6 +172,10 @@ class BenchResult:
         switch_us: median microseconds of setting a session's density.
         memory: one entry per session, in the order they were opened.
         callers: several threads on one session, when asked for.
+        scenario: how runs followed each other; None in results of versions that knew single-stream only.
+        warmup: what was run before; None likewise.
+        telemetry: temperature, clocks, throttling and power while measuring; None where the machine tells nothing.
+        layers: where the time of each graph went, when asked for.
     """
 
     schema: str
@@ -167,10 +212,50 @@ class BenchResult:
     switch_us: float | None = None
     memory: list[MemoryResult] = field(default_factory=list)
     callers: CallersResult | None = None
+    scenario: ScenarioResult | None = None
+    warmup: WarmupResult | None = None
+    telemetry: TelemetryResult | None = None
+    layers: list[LayersResult] = field(default_factory=list)
 
     def runner(self, name: str) -> RunnerResult | None:
         """Return a graph's result by name, None when it was not measured."""
         return next((r for r in self.runners if r.name == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SweepCase:
+    """One case of a sweep.
+
+    Attributes:
+        bundle: the bundle's directory name, without its path.
+        keep_rate: of the pruned graph; None for a bundle without one.
+        runner: its name in the result.
+    """
+
+    bundle: str
+    keep_rate: float | None
+    batch: int
+    runner: str
+    result: BenchResult
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Benches over keep rates and batches, one after the other.
+
+    Attributes:
+        keep_rates, batches: as asked, or as found.
+    """
+
+    schema: str
+    created: str
+    keep_rates: list[float]
+    batches: list[int]
+    cases: list[SweepCase]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -204,3 +289,48 @@ class Extras:
     switch_us: float | None = None
     memory: Sequence[MemoryResult] = ()
     callers: CallersResult | None = None
+
+
+def read_results(path: Path | str) -> list[BenchResult]:
+    """Return the result that `edgeprune bench -o` wrote, or those of all cases of a sweep.
+
+    Raises:
+        InputError: `result-unreadable` when the file is not one.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
+    return results_of(document, path)
+
+
+def results_of(document: Any, path: Path | str = "-") -> list[BenchResult]:
+    """Return the results that a document holds, as `read_results` does.
+
+    Args:
+        document: what a result file says.
+        path: of the file, for errors.
+
+    Raises:
+        InputError: `result-unreadable`.
+    """
+    schema = document.get("schema") if isinstance(document, dict) else None
+    try:
+        if schema == SWEEP_SCHEMA:
+            return [case.result for case in TypeAdapter(SweepResult).validate_python(document).cases]
+        if schema == SCHEMA:
+            return [TypeAdapter(BenchResult).validate_python(document)]
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _unreadable(path, f"{place}: {first['msg']}") from error
+    raise _unreadable(path, f"its schema is {schema!r}")
+
+
+def _unreadable(path: Path | str, why: str) -> InputError:
+    return InputError(
+        f"'{path}' is no result of a bench: {why}",
+        code="result-unreadable",
+        expected=f"a file that `edgeprune bench BUNDLE -o FILE` wrote, schema {SCHEMA} or {SWEEP_SCHEMA}",
+        details={"path": str(path)},
+    )
