@@ -242,7 +242,12 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """What was asked for; `clock` is the one ratios are made of, the others are as in the result."""
+    """What was asked for; `clock` is the one ratios are made of, the others are as in the result.
+
+    Attributes:
+        images_per_sample: of a sample, or of the mean run of one; None for the batch.
+        on_device: a GPU does the work.
+    """
 
     batch: int
     threads: int
@@ -252,6 +257,8 @@ class BenchSetting:
     data: str = NOISE
     images: int = 1
     runs_per_sample: int = 1
+    images_per_sample: int | None = None
+    on_device: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,6 +267,7 @@ class Extras:
 
     Attributes:
         mean_macs: pruned runner -> multiply-accumulates of an image, where the image decides.
+        energy: by runner.
     """
 
     adaptive: AdaptiveResult | None = None
@@ -267,6 +275,10 @@ class Extras:
     switch_us: float | None = None
     memory: Sequence[MemoryResult] = ()
     callers: CallersResult | None = None
+    scenario: ScenarioResult | None = None
+    telemetry: TelemetryResult | None = None
+    energy: Mapping[str, EnergyResult] = field(default_factory=dict)
+    layers: Sequence[LayersResult] = ()
 
 
 def read_results(path: Path | str) -> list[BenchResult]:

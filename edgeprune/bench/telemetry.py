@@ -136,6 +136,7 @@ class Monitor:
 
     Attributes:
         channels: of all sources.
+        hz: readings per second, at most.
         log: (time, values) of every reading so far.
     """
 
@@ -144,6 +145,7 @@ class Monitor:
     ) -> None:
         self.channels = [channel for source in sources for channel in source.channels]
         self.log: list[tuple[float, list[float | None]]] = []
+        self.hz = hz
         self._sources, self._interval_s, self._clock = sources, 1 / hz, clock
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
