@@ -17,7 +17,7 @@ from edgeprune.bench.adaptive import RunSetting, mean_macs, summarise_runs
 from edgeprune.bench.callers import BLOCKS, measure_callers
 from edgeprune.bench.energy import QUICK_WINDOW_S, WINDOW_S, measure_energy
 from edgeprune.bench.images import make_images
-from edgeprune.bench.layers import profile_layers
+from edgeprune.bench.layers import check_profiled, profile_layers
 from edgeprune.bench.measure import QUICK, Clock, Measurement, MeasurePlan, Progress, SystemClock, measure
 from edgeprune.bench.naive import export_naive_dense
 from edgeprune.bench.result import BenchResult, BenchSetting, Extras, RatioClock
@@ -98,6 +98,8 @@ def bench_bundle(
     batch = query_batch(asked.query, batch, manifest.batch) if asked.query else batch or manifest.batch[0]
     _check_request(bundle, batch, against, callers)
     _check_scenario(asked, duration)
+    if layers:
+        check_profiled(manifest.target)
     on_device = device_of(manifest.target) is not None
     count = asked.query or ((QUICK_IMAGES if quick else IMAGES) if images is None else images)
     inputs = make_images(data, manifest.preprocessing, count=count, batch=batch, seed=seed)
