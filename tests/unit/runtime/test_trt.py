@@ -673,3 +673,24 @@ print(Session(sys.argv[1]).run(numpy.zeros((1, 3, 8, 8), numpy.float32)).logits.
         [sys.executable, "-c", code, str(bundle.path)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout == "(1, 4)\n", done.stderr
+
+
+def test_a_timer_is_told_the_time_on_the_device(
+    fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    from edgeprune.runtime.timing import DeviceTimer
+
+    bundle = copy_bundle(exported("densities"), tmp_path / "bundle")
+    write_engines(bundle, fake, own_engines(bundle, (1, BATCH)))
+    session, timer = Session(bundle), DeviceTimer()
+    assert session.time_device(timer) is True
+    images = images_of(1)
+    for _ in range(3):
+        session.run(images)
+        told = timer.take()
+        assert told is not None
+        assert told[0] == 0.25  # what the stand-in says of any two events
+        assert told[1] >= 0
+    session.time_device(None)
+    session.run(images)
+    assert timer.take() is None
