@@ -24,13 +24,14 @@ ALLOWED: dict[str, set[str]] = {
     "pruning": _BASE | {"models"},
     "data": _BASE,
     "runtime": _BASE | {"data", "plugins"},
+    "serving": _BASE | {"runtime", "plugins"},
     "training": _MODEL,
     "convert": _MODEL,
     "checks.compare": _MODEL,
     "export": _MODEL | {"runtime", "checks.compare", "plugins"},
     "checks": _MODEL | {"runtime", "checks.compare", "export"},
     "bench": _MODEL | {"runtime", "checks", "export"},
-    "cli": _MODEL | {"runtime", "checks", "export", "bench", "training", "convert", "plugins"},
+    "cli": _MODEL | {"runtime", "checks", "export", "bench", "training", "convert", "plugins", "serving"},
 }
 # The facade names the public API lazily, and `python -m edgeprune` is the command.
 FACADE = {"edgeprune", "edgeprune.__main__"}
