@@ -13,8 +13,8 @@ from edgeprune.cli.ui import Ui, table
 
 @verb(
     "serve-repo",
-    "Write a model repository for NVIDIA Triton.\n\nOne model for every graph or engine that runs, and where a bundle "
-    "has buckets, a router in front of them. Its README.md has the command that starts the server. Needs neither Triton "
+    "Write a model repository for NVIDIA Triton.\n\nOne model for every graph or engine that runs, and a router in "
+    "front of them where there are buckets. Its README.md has the command that starts the server. Needs neither Triton "
     "nor a GPU.",
 )
 @click.argument("bundle", type=BUNDLE)

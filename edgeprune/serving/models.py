@@ -110,14 +110,14 @@ class OnnxGraphs:
     def component(self, graph: str) -> Pairs:
         """Make the model of a graph, with the batch as a dimension like any other."""
         name = f"{self.settings.name}_{graph}"
-        batch = self.inputs(graph)[0].shape[0]
+        batch = batch_of(self.inputs(graph))
         if name not in [model.name for model in self.models]:
             self.models.append(self._model(name, graph, max_batch=0))
         return [(name, [] if batch == -1 else [batch])]
 
     def alone(self, name: str, graph: str, labels: bool) -> TritonModel | None:
         """Return the model that serves a graph by itself: of one image, or with batches Triton makes."""
-        batch = self.inputs(graph)[0].shape[0]
+        batch = batch_of(self.inputs(graph))
         if batch not in (-1, 1):
             return None
         return self._model(name, graph, max_batch=self.largest(graph) if batch == -1 else 0, labels=labels)
@@ -146,9 +146,9 @@ class OnnxGraphs:
         files: dict[str, Path | bytes] = {f"{VERSION_FOLDER}/model.onnx": path}
         for location in sorted(find_external_locations(path)):
             files[f"{VERSION_FOLDER}/{location}"] = path.parent / location
-        slots = [slots_of(self.bundle, graph)] if any(info.name == SLOTS for info in inputs) else [None]
-        batches = [1] if inputs[0].shape[0] == -1 else [inputs[0].shape[0]]
-        samples, more = warmup(inputs, [(batch, one) for batch in batches for one in slots], batched=max_batch > 0)
+        told = any(info.name == SLOTS for info in inputs)
+        runs = [(abs(batch_of(inputs)), slots_of(self.bundle, graph) if told else None)]  # any batch: one image
+        samples, more = warmup(inputs, runs, batched=max_batch > 0)
         return TritonModel(name, {**config, "model_warmup": samples}, {**files, **more})
 
 
@@ -267,6 +267,11 @@ def choose_engines(bundle: Bundle, wanted: str | None) -> tuple[Path, EngineInde
         )
     folder = root / (wanted or names[0])
     return folder, read_index(bundle, folder)
+
+
+def batch_of(inputs: Sequence[TensorInfo]) -> int:
+    """Return the batch a graph is fixed to, -1 when it takes any."""
+    return next(info.shape[0] for info in inputs if info.name != SLOTS)
 
 
 def slots_of(bundle: Bundle, graph: str) -> list[int]:

@@ -64,13 +64,13 @@ def _notes(written: Repository) -> list[str]:
     ]
     if written.tensorrt is not None:
         notes.append(
-            f"The engines load in TensorRT {written.tensorrt} alone, on the GPU they were built on. Take the Triton image "
-            "of that TensorRT (NVIDIA's support matrix lists them); on a Jetson the image whose name ends in -igpu.\n"
+            f"The engines load in TensorRT {written.tensorrt} alone, on the GPU they were built on. Take the image of "
+            "that TensorRT (NVIDIA's support matrix lists them); on a Jetson the one whose name ends in -igpu.\n"
         )
     if written.plugin is not None:
         notes.append(
-            f"`{written.plugin}` is opened before any engine is read, and registers edgeprune's plugin. Tritons older than "
-            f"2.31 do not know that option: give docker `-e LD_PRELOAD=/models/{written.plugin}` instead.\n"
+            f"`{written.plugin}` is opened before any engine is read, and registers edgeprune's plugin. Where "
+            f"Triton is too old to know that option, give docker `-e LD_PRELOAD=/models/{written.plugin}` instead.\n"
         )
     if any(backend == "python" for _, _, backend in written.models):
         notes.append(
