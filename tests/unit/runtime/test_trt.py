@@ -484,6 +484,12 @@ def test_without_a_package(fake: FakeTensorRT, tiny: Bundle, monkeypatch: pytest
     assert error.code == expected[package][0] and expected[package][1] in str(error.hint)
 
 
+def test_a_driver_that_is_too_old(fake: FakeTensorRT, tiny: Bundle) -> None:
+    fake.faults.runtime = True
+    error = refused(lambda: Session(tiny))
+    assert error.code == "tensorrt-unusable" and "error: 35" in error.message and "CUDA 12.6" in str(error.hint)
+
+
 def test_without_cuda_python_engines_run_without_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = install(monkeypatch, layout=None)
     bundle = write_tiny(tmp_path / "bundle", (1, BATCH), target="trt-fp32")
