@@ -47,8 +47,8 @@ from _common import (
     say,
     write_result,
 )
+from _sharpened import write_sharpened
 from PIL import Image
-from safetensors.torch import save_file
 
 from edgeprune.bench.measure import Runner
 from edgeprune.checks.compare import draw_images
@@ -131,12 +131,8 @@ class Case:
         )
         self.resolved = resolve(self.request)
         self.model, _, _ = load_reference(self.resolved)
-        with torch.no_grad():
-            for name, weight in self.model.named_parameters():
-                if name.endswith("attn.qkv.weight"):
-                    weight[: 2 * len(weight) // 3] *= arguments.sharpness**0.5
         self.checkpoint = folder / "sharpened.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, self.checkpoint)
+        write_sharpened(self.model, arguments.sharpness, self.checkpoint)
         self.calibration = folder / "images"
         self.calibration.mkdir()
         self._draw(arguments.calibration_images, seed=1, folder=self.calibration)

@@ -23,6 +23,7 @@ from edgeprune.bench.stats import MIN_BLOCKS
 from edgeprune.bench.summary import pruned_runners, summarise
 from edgeprune.checks.parity import config_from_manifest, macs_by_counts
 from edgeprune.errors import InputError
+from edgeprune.export.targets.registry import TARGETS
 from edgeprune.runtime.bundle import Bundle, load_bundle
 from edgeprune.runtime.manifest import Manifest
 from edgeprune.runtime.processor import processor_name
@@ -77,6 +78,7 @@ def bench_bundle(
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     _check_request(bundle, batch, against, callers)
     manifest = bundle.manifest
+    on_device = device_of(manifest.target) is not None
     count = (QUICK_IMAGES if quick else IMAGES) if images is None else images
     inputs = make_images(data, manifest.preprocessing, count=count, batch=batch, seed=seed)
     sample = inputs.first() if manifest.adaptive is None else inputs
@@ -103,9 +105,9 @@ def bench_bundle(
     return summarise(
         manifest,
         measurement.per_run(runs),
-        BenchSetting(batch, threads, quick, seed, ratio_clock(threads), sample.data, sample.different, runs),
+        BenchSetting(batch, threads, quick, seed, ratio_clock(threads, on_device), sample.data, sample.different, runs),
         machine=machine,
-        fingerprint=env.take_fingerprint().to_dict(),
+        fingerprint=env.take_fingerprint().to_dict() | (env.describe_gpu() if on_device else {}),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         warnings=contest.warnings,
         extras=extras,
@@ -128,14 +130,21 @@ def _extras(manifest: Manifest, contest: Contest, measurement: Measurement, batc
     return Extras(adaptive, macs, memory=contest.memory)
 
 
-def ratio_clock(threads: int) -> RatioClock:
+def ratio_clock(threads: int, on_device: bool = False) -> RatioClock:
     """Return the clock ratios are made of.
 
     One thread: processor time, which other work on the machine moves far less than wall time. Several threads
-    wait for each other, so only wall time counts; and some systems account processor time too coarsely.
+    wait for each other, as the processor waits for a device, so only wall time counts; and some systems account
+    processor time too coarsely.
     """
     fine = time.get_clock_info("process_time").resolution <= 1e-5
-    return "cpu" if threads == 1 and fine else "wall"
+    return "cpu" if threads == 1 and fine and not on_device else "wall"
+
+
+def device_of(target: str) -> str | None:
+    """Return what a target runs on when that is not this machine's processor: "tensorrt" or "cuda"."""
+    known = TARGETS.get(target)
+    return None if known is None else known.device
 
 
 def _check_request(bundle: Bundle, batch: int, against: Sequence[str], callers: int | None) -> None:
@@ -145,6 +154,13 @@ def _check_request(bundle: Bundle, batch: int, against: Sequence[str], callers: 
             f"unknown baseline '{unknown[0]}'",
             code="bench-against",
             expected=f"some of {', '.join(BASELINES)}",
+        )
+    if "naive" in against and device_of(bundle.manifest.target) is not None:
+        raise InputError(
+            f"the naive baseline runs on the processor, a bundle for {bundle.manifest.target} does not",
+            code="bench-naive",
+            expected="a bundle for a CPU target",
+            hint="bench without the naive baseline",
         )
     if "naive" in against and bundle.manifest.model.config is None:
         raise InputError(

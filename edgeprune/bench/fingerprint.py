@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from edgeprune.runtime.cuda import find_device
 from edgeprune.runtime.processor import first_processor
 from edgeprune.version import __version__
 
@@ -18,8 +19,8 @@ CPU_FLAGS = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve"),
 )
-LAZY_PACKAGES = ("torch", "openvino", "tensorrt")  # named only when the process uses them
-PACKAGES = ("numpy", "onnxruntime")
+LAZY_PACKAGES = ("torch", "openvino", "tensorrt", "pycuda")  # named only when the process uses them
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,20 @@ def take_fingerprint() -> Fingerprint:
         python=f"{platform.python_implementation()} {platform.python_version()}",
         packages=_packages(),
     )
+
+
+def describe_gpu() -> dict[str, Any]:
+    """Return the GPU as one more entry of a fingerprint.
+
+    Raises:
+        EnvironmentLackError: `gpu-missing`.
+    """
+    device = find_device()
+    capability = ".".join(map(str, device.compute_capability))
+    memory = device.total_bytes >> 20
+    return {
+        "gpu": {"name": device.name, "compute_capability": capability, "memory_mib": memory, "driver": device.driver}
+    }
 
 
 def usable_cores() -> list[int]:
@@ -171,8 +186,8 @@ def _packages() -> dict[str, str]:
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    except metadata.PackageNotFoundError:  # a folder on the path will do as well
+        return getattr(sys.modules.get(package), "__version__", None)
 
 
 def _read(path: str) -> str:

@@ -89,8 +89,9 @@ class Contest:
         Returns:
             The session of the pruned graph; of the only one in a dense bundle.
         """
-        import_onnxruntime()  # or its memory would count as the first session's
         manifest = bundle.manifest
+        if not manifest.target.startswith("trt-"):
+            import_onnxruntime()  # or its memory would count as the first session's
         if not manifest.method.stages:
             only = self._open(bundle, "model", "dense")
             self.runners["dense"] = pass_runner(only, self.images.batches)

@@ -17,6 +17,7 @@ from edgeprune.runtime.engines import ENGINES_FOLDER, ChoiceInfo, EngineIndex, E
 
 if TYPE_CHECKING:
     from edgeprune.export.trt.plan import Role
+    from edgeprune.runtime.bundle import Bundle
 
 
 @verb(
@@ -78,7 +79,14 @@ def command(
         return _dry_run(ui, bundle, plan_build(loaded, asked))
     with ui.steps() as report:
         index = build_engines(loaded, asked, report)
-    folder = loaded.path / ENGINES_FOLDER / folder_name(index.device, index.tensorrt)
+    folder = show_engines(ui, loaded, index)
+    ui.note(f"\nnext: edgeprune verify {bundle}\n      edgeprune bench {bundle}")
+    return {"bundle": str(bundle), "folder": str(folder), "index": index.model_dump(mode="json")}
+
+
+def show_engines(ui: Ui, bundle: Bundle, index: EngineIndex) -> Path:
+    """Print the engines that were built and return their folder."""
+    folder = bundle.path / ENGINES_FOLDER / folder_name(index.device, index.tensorrt)
     ui.written.append(folder)
     for info in index.engines:
         for finding in info.proof.findings if info.proof is not None else []:
@@ -87,8 +95,7 @@ def command(
     for choice in index.choices:
         ui.note(choice_words(choice))
     ui.note(f"engines: {folder}, for {index.device} and TensorRT {index.tensorrt}")
-    ui.note(f"\nnext: edgeprune verify {bundle}\n      edgeprune bench {bundle}")
-    return {"bundle": str(bundle), "folder": str(folder), "index": index.model_dump(mode="json")}
+    return folder
 
 
 def _dry_run(ui: Ui, bundle: Path, roles: Sequence[Role]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,8 +11,14 @@ from edgeprune.cli import parse
 from edgeprune.cli.common import verb
 from edgeprune.cli.show import bucket_rows, files_words, plan_summary, stage_rows, summary
 from edgeprune.cli.ui import Ui, pairs
-from edgeprune.errors import InputError
+from edgeprune.errors import EnvironmentLackError, InputError
 from edgeprune.runtime.manifest import StageInfo
+
+if TYPE_CHECKING:
+    from edgeprune.runtime.bundle import Bundle
+    from edgeprune.runtime.engines import EngineIndex
+
+TENSORRT = "trt-"
 
 
 @verb(
@@ -69,6 +75,10 @@ from edgeprune.runtime.manifest import StageInfo
 @click.option(
     "--labels", type=click.Path(path_type=Path), metavar="FILE", help="Class names, one per line or a JSON list."
 )
+@click.option(
+    "--require-engine", is_flag=True, help="trt-*: fail, before anything is written, where no engine can be built."
+)
+@click.option("--no-engine", is_flag=True, help="trt-*: build no engine here; `edgeprune build` does on the device.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with PyTorch.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle at --output.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
@@ -77,6 +87,7 @@ def command(ui: Ui, **options: Any) -> dict[str, Any]:
     """Plan or export."""
     output: Path | None = options.pop("output")
     dry_run: bool = options.pop("dry_run")
+    require_engine, no_engine = options.pop("require_engine"), options.pop("no_engine")
     if output is None and not dry_run:
         raise InputError(
             "no output directory", code="usage", expected="-o DIR", hint="add -o out/my-model, or --dry-run"
@@ -87,6 +98,7 @@ def command(ui: Ui, **options: Any) -> dict[str, Any]:
     if dry_run:
         return _dry_run(ui, plan_export(request))
     assert output is not None
+    why_no_engine = _why_no_engine(request.target, required=require_engine, wanted=not no_engine)
     with ui.steps() as report:
         bundle = export_model(request, output, progress=report)
     ui.written.append(bundle.path)
@@ -100,8 +112,51 @@ def command(ui: Ui, **options: Any) -> dict[str, Any]:
     if manifest.adaptive is not None and manifest.adaptive.buckets:
         ui.note()
         ui.note(bucket_rows(manifest.adaptive))
-    ui.note(f"\nnext: edgeprune run {output} IMAGE...\n      edgeprune bench {output}")
-    return {"bundle": str(output), "manifest": manifest.model_dump(mode="json")}
+    index = None if why_no_engine else _build(ui, bundle)
+    if request.target.startswith(TENSORRT) and index is None:
+        ui.note(f"\nno engine: {why_no_engine}\nnext: edgeprune build {output}      (on the device, with the bundle)")
+    else:
+        ui.note(f"\nnext: edgeprune run {output} IMAGE...\n      edgeprune bench {output}")
+    engines = {} if index is None else {"engines": index.model_dump(mode="json")}
+    return {"bundle": str(output), "manifest": manifest.model_dump(mode="json"), **engines}
+
+
+def _why_no_engine(target: str, *, required: bool, wanted: bool) -> str | None:
+    """Return why no engine is built behind the export, None when one is.
+
+    Raises:
+        InputError: `usage` where an engine is required of a target that has none, or required and not wanted.
+        EnvironmentLackError: where one is required and cannot be built.
+    """
+    if required and not (wanted and target.startswith(TENSORRT)):
+        raise InputError(
+            f"--require-engine with {'--no-engine' if not wanted else f'--target {target}'}",
+            code="usage",
+            expected="--require-engine alone, with a target trt-*",
+        )
+    if not target.startswith(TENSORRT):
+        return "the target has none"
+    if not wanted:
+        return "--no-engine"
+    from edgeprune.export.trt.machine import find_machine
+
+    try:
+        find_machine()
+    except EnvironmentLackError as error:
+        if required:
+            raise
+        return error.message
+    return None
+
+
+def _build(ui: Ui, bundle: Bundle) -> EngineIndex:
+    from edgeprune.cli.build import show_engines
+    from edgeprune.export.trt import BuildOptions, build_engines
+
+    with ui.steps() as report:
+        index = build_engines(bundle, BuildOptions(), report)
+    show_engines(ui, bundle, index)
+    return index
 
 
 def _dry_run(ui: Ui, plan: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from edgeprune.errors import EnvironmentLackError
@@ -34,6 +36,12 @@ OPTIONAL = (
     ("kornia", "kornia", "0.8", "train", "augmentation of images"),
     ("huggingface_hub", "huggingface_hub", "0.23", "hub", "hf-hub: checkpoints"),
 )
+ON_DEVICE = (
+    ("pycuda", "pycuda", "2024.1", "trt", "running TensorRT engines"),
+    ("cuda-python", "cuda", "12.2", "trt", "CUDA graphs of TensorRT engines"),
+)
+OTHER_NAMES = {"onnxruntime": ("onnxruntime-gpu",), "cuda-python": ("cuda-bindings",)}  # distributions that serve too
+PROVIDER = "CUDAExecutionProvider"
 LEAST_PYTHON = (3, 10)
 LOW_DISK_BYTES = 2 << 30  # a ViT-L bundle with room to overwrite it
 NO_DISK_BYTES = 100 << 20
@@ -72,10 +80,10 @@ def check_packages() -> Iterator[Finding]:
     for group, level in ((REQUIRED, "fail"), (OPTIONAL, "warn")):
         for name, module, least, extra, purpose in group:
             fix = f"pip install 'edgeprune[{extra}]'" if extra else f"pip install '{name}>={least}'"
-            try:
-                version = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                yield Finding(name, level, f"not installed; needed for {purpose}", fix)
+            version = find_version(name)
+            if version is None:
+                spared = name == "onnxruntime" and _is_there("tensorrt")  # which runs bundles by itself
+                yield Finding(name, "warn" if spared else level, f"not installed; needed for {purpose}", fix)
                 continue
             if as_numbers(version) < as_numbers(least):
                 yield Finding(name, level, f"{version}, older than {least}", f"pip install --upgrade '{name}>={least}'")
@@ -125,24 +133,56 @@ def check_temporary_directory() -> Iterator[Finding]:
 
 
 def check_gpu() -> Iterator[Finding]:
-    """Yield whether there is an NVIDIA device; nothing here needs one."""
-    present = Path("/dev/nvidia0").exists() or Path("/etc/nv_tegra_release").exists()
-    yield Finding(
-        "gpu", "ok" if present else "note", "NVIDIA device" if present else "none: the CPU targets do not need one"
-    )
+    """Yield the GPU as its driver describes it; only the targets of a GPU need one."""
+    from edgeprune.runtime.cuda import find_device
+
+    try:
+        device = find_device()
+    except EnvironmentLackError as error:
+        there = Path("/dev/nvidia0").exists() or Path("/etc/nv_tegra_release").exists()
+        found = f"{error.message}; the CPU targets do not need one"
+        yield Finding("gpu", "warn" if there else "note", found, f"for the targets of a GPU: {error.hint}")
+        return
+    major, minor = device.compute_capability
+    memory = f"{device.total_bytes / 2**30:.1f} GiB"
+    driver = f"driver for CUDA {device.driver or 'of unknown version'}"
+    yield Finding("gpu", "ok", f"{device.name}, compute capability {major}.{minor}, {memory}, {driver}")
+
+
+def check_cuda_packages() -> Iterator[Finding]:
+    """Yield what the targets of a GPU need beside it; a missing one is a note."""
+    for name, _, least, extra, purpose in ON_DEVICE:
+        version = find_version(name)
+        fix = f"pip install 'edgeprune[{extra}]'"
+        if version is None:
+            yield Finding(name, "note", f"not installed; needed for {purpose}", fix)
+        elif as_numbers(version) < as_numbers(least):
+            yield Finding(name, "warn", f"{version}, older than {least}", f"pip install --upgrade '{name}>={least}'")
+        else:
+            yield Finding(name, "ok", version)
+    if _import_error("onnxruntime") is not None:
+        return
+    providers = import_module("onnxruntime").get_available_providers()
+    if PROVIDER in providers:
+        yield Finding("onnxruntime on a GPU", "ok", PROVIDER)
+        return
+    fix = "pip uninstall onnxruntime, then pip install 'edgeprune[cuda]'; on a Jetson NVIDIA's own wheel"
+    yield Finding("onnxruntime on a GPU", "note", f"no {PROVIDER}; needed for the target ort-cuda-fp16", fix)
 
 
 def check_tensorrt() -> Iterator[Finding]:
-    """Yield TensorRT's version and the plugin library for it; neither is imported."""
+    """Yield TensorRT's version and the plugin library for it; no library is opened."""
     from edgeprune.plugins.contract import build_command, library_for
+    from edgeprune.plugins.loader import import_tensorrt
     from edgeprune.plugins.locate import chosen, find_candidates
 
-    try:
-        version = metadata.version("tensorrt")
-    except metadata.PackageNotFoundError:
-        yield Finding("tensorrt", "note", "not installed: the CPU targets do not need it")
+    version = find_version("tensorrt")
+    if version is None and not _is_there("tensorrt"):
+        fix = "pip install tensorrt; on a Jetson it comes with JetPack: apt install python3-libnvinfer"
+        yield Finding("tensorrt", "note", "not installed: the CPU targets do not need it", fix)
         return
     try:
+        version = version or str(getattr(import_tensorrt(), "__version__", ""))
         library = library_for(version)
     except EnvironmentLackError as error:
         yield Finding("tensorrt", "warn", error.message, error.hint)
@@ -162,14 +202,28 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_disk,
     check_temporary_directory,
     check_gpu,
+    check_cuda_packages,
     check_tensorrt,
 )
+
+
+def find_version(package: str) -> str | None:
+    """Return the version of an installed distribution, or of another that brings the same package."""
+    for name in (package, *OTHER_NAMES.get(package, ())):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
 
 
 def as_numbers(version: str) -> tuple[int, ...]:
     """Return the leading numbers of a version: "2.13.0+cpu" gives (2, 13, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def _is_there(module: str) -> bool:
+    """Tell whether a module can be found, without importing it."""
+    return module in sys.modules or find_spec(module) is not None
 
 
 def _import_error(module: str) -> str | None:

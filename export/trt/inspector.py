@@ -30,7 +30,7 @@ _TYPES = (
     ("bool", r"bool"),
 )
 _TYPE = re.compile("|".join(f"(?P<{name}>{words})" for name, words in _TYPES), re.IGNORECASE)
-_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_ONNX_LAYER = re.compile(r"\[(?:ONNX Layer: )?([^\]]+)\]")
 _PROFILE = re.compile(r"\s*\[profile (\d+)\]")
 _LINE_KIND = re.compile(r"^Layer\((?P<kind>[^)]*)\): (?P<rest>.*)$", re.DOTALL)
 _LINE_TENSOR = re.compile(r"([^\s,(\[]+) \(([A-Za-z0-9]+)\[[^\]]*\]\)")
@@ -107,6 +107,11 @@ class Layer:
         code = _CODE.match(self.name)
         words = re.findall("[A-Z][a-z]*", code["words"]) if code else []
         return bool(words) and {word.lower() for word in words} <= _MOVES and any(w.startswith("Cas") for w in words)
+
+    @property
+    def is_idle(self) -> bool:
+        """It runs no kernel."""
+        return self.kind.lower() in ("noop", "wait", "signal")
 
     @property
     def is_matrix(self) -> bool:
@@ -189,9 +194,8 @@ def _from_text(line: str) -> Layer:
         tactic = before.partition(", ")[0]
         inputs = [Tensor(n, type_in(t)) for n, t in _LINE_TENSOR.findall(before)]
         outputs = [Tensor(n, type_in(t)) for n, t in _LINE_TENSOR.findall(after)]
-    found = tuple(_ONNX_LAYER.findall(line))
     profile = _profile(name)
-    return Layer(_PROFILE.sub("", name), kind, profile, tactic, found, tuple(inputs), tuple(outputs))
+    return Layer(_PROFILE.sub("", name), kind, profile, tactic, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def _profile(name: str) -> int:

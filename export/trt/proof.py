@@ -18,7 +18,7 @@ MOST = 0.9
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "fp8": "float8"}
 SHOWN = 3  # names in a sentence
 
-_ATTENTION_NODE = re.compile(r"blocks[._](\d+)[._]attn[._](logits|softmax|context|fused|attention|mha)\w*")
+_ATTENTION_NODE = re.compile(r"blocks[._](\d+)[._]attn[._](logits|softmax|context)(?:_\d+)?(?=_myl|[^\w.]|$)")
 _BLOCK = re.compile(r"blocks[._](\d+)[._]")
 _CHOOSING = re.compile(r"topk|top_k|topkgather|topk_gather|gather_tokens|gathertokens|nonzero", re.IGNORECASE)
 _SELECT = re.compile(r"(?<![A-Za-z])select[._]")
@@ -93,7 +93,7 @@ class _Attentions:
         unnamed = 0
         parts: dict[int, dict[str, list[Layer]]] = defaultdict(lambda: defaultdict(list))
         for layer in layers:
-            if layer.is_opaque or layer.is_reformat:
+            if layer.is_opaque or layer.is_reformat or layer.is_idle:
                 continue
             found = _ATTENTION_NODE.findall(layer.origin)
             here = {int(block) for block, _ in found}
@@ -112,6 +112,8 @@ class _Attentions:
         self.opaque = [layer for layer in layers if layer.is_opaque]
         inside = sum(len(re.findall(r"gem[mv]_mha|fmha", layer.words, re.IGNORECASE)) for layer in self.opaque)
         self.fused = min(len(fused_blocks) + unnamed + inside, blocks)
+        if self.fused == blocks:
+            self.split = {}  # what is left of their nodes lies beside fused kernels that tell no names
         rest = max(blocks - self.fused - len(self.split), 0)
         self.hidden = rest if self.opaque and not inside else 0
         self.untold = rest - self.hidden

@@ -9,16 +9,22 @@ import numpy as np
 import onnx
 import pytest
 
+pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
+from edgeprune.checks.parity import check_parity, model_from_manifest, verify_bundle
+from edgeprune.export import ExportRequest, export_model
 from edgeprune.runtime.ort import OrtBackend, import_onnxruntime
 from edgeprune.runtime.ort_cuda import PROVIDER, DeviceRows, OrtCudaBackend
 from edgeprune.runtime.router import Router
+from edgeprune.runtime.session import Session
 from tests.helpers.bundles import tiny_model
 from tests.helpers.device_kernels import missing_device
 from tests.helpers.routed import write_rest, write_stem
 
 pytestmark = pytest.mark.gpu
+
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,3 +75,20 @@ def test_routed_results_are_those_of_the_cpu(tmp_path: Path, stem_batch: int | s
         got, wanted = ours.run(images(5, seed)), plain.run(images(5, seed))
         for name, array in wanted.items():
             np.testing.assert_allclose(got[name], array, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "keep_rate"), [("dense", 1.0), ("evit", 0.5), ("dynamicvit", 0.5)])
+def test_a_bundle_agrees_with_pytorch(tmp_path: Path, method: str, keep_rate: float) -> None:
+    weights = str(CHECKPOINTS / f"vit_digits_{method}.safetensors")
+    request = ExportRequest(
+        model="vit_digits",
+        method=method,
+        keep_rate=keep_rate,
+        checkpoint=weights,
+        target="ort-cuda-fp16",
+        token_outputs=method != "dense",
+        verify=False,
+    )
+    bundle = export_model(request, tmp_path / "bundle")
+    model = model_from_manifest(bundle.manifest, weights)
+    check_parity(verify_bundle(bundle, model, session=Session(bundle), images=16), bundle.manifest.precision)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from edgeprune.bench.runners import Contest
 from edgeprune.errors import EnvironmentLackError, InputError
 from edgeprune.models.config import ViTConfig
 from edgeprune.runtime.bundle import Bundle, BundleWriter
+from edgeprune.runtime.cuda import Device
+from edgeprune.runtime.ort_cuda import OrtCudaBackend
 
 CONFIG = ViTConfig("tiny", image_size=(16, 16), patch_size=(8, 8), num_classes=3, embed_dim=8, depth=2, num_heads=2)
 
@@ -222,3 +225,45 @@ def test_naive_export_leaves_the_random_state_alone(tmp_path: Path) -> None:
 
 def test_ratio_clock_is_wall_time_when_threads_are_many() -> None:
     assert ratio_clock(2) == ratio_clock(0) == "wall"
+
+
+def test_ratio_clock_is_wall_time_on_a_device() -> None:
+    assert ratio_clock(1, on_device=True) == "wall"
+
+
+def test_a_bundle_for_a_device_is_measured_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    here = partial(OrtCudaBackend, provider="CPUExecutionProvider", device="cpu")
+    monkeypatch.setattr("edgeprune.runtime.opener.OrtCudaBackend", here)
+    monkeypatch.setattr("edgeprune.bench.fingerprint.find_device", lambda: Device(0, "Orin", (8, 7), 1 << 33, "12.6"))
+    bundle = make_bundle(tmp_path / "bundle", target="ort-cuda-fp16", precision="fp16")
+    result = bench_bundle(bundle, rounds=4)
+    assert result.clock == "wall"
+    assert result.fingerprint["gpu"] == {
+        **{"name": "Orin", "compute_capability": "8.7", "memory_mib": 8192, "driver": "12.6"}
+    }
+    assert [runner.name for runner in result.runners] == ["dense", "pruned", "random"]
+    assert "gpu" not in bench_bundle(make_bundle(tmp_path / "plain"), rounds=4).fingerprint
+
+
+def test_the_naive_baseline_is_not_measured_against_a_device(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="runs on the processor") as caught:
+        bench_bundle(make_bundle(tmp_path / "bundle", target="trt-fp16"), against=("naive",))
+    assert caught.value.code == "bench-naive"
+
+
+def test_an_engine_needs_no_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = make_bundle(tmp_path / "bundle", target="trt-fp16")
+    opened: list[str] = []
+
+    class Stub:
+        def __init__(self, bundle: Bundle, *, graph: str, **options: Any) -> None:
+            opened.append(graph)
+
+    def missing() -> None:
+        raise AssertionError("onnxruntime was imported")
+
+    monkeypatch.setattr("edgeprune.runtime.session.Session", Stub)
+    monkeypatch.setattr("edgeprune.bench.runners.import_onnxruntime", missing)
+    Contest(make_images(None, bundle.manifest.preprocessing, count=1, batch=1, seed=0), 1).add_bundle(bundle)
+    assert opened == ["dense", "model", "random"]

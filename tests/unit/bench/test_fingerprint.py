@@ -5,11 +5,14 @@ import json
 import os
 import platform
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from edgeprune.bench import fingerprint as env
+from edgeprune.runtime.cuda import Device
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU @ 2.00GHz
@@ -113,3 +116,19 @@ def test_read_pss_reads_the_share_of_this_process(fake_files: dict[str, str]) ->
     assert env.read_pss_mib() is None
     fake_files["/proc/self/smaps_rollup"] = "Rss:    9000 kB\nPss:    3072 kB\nPss_Anon: 1024 kB\n"
     assert env.read_pss_mib() == 3.0
+
+
+def test_a_package_without_metadata_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.0"))
+    monkeypatch.setattr("edgeprune.bench.fingerprint.metadata.version", missing)
+    assert env.take_fingerprint().packages["tensorrt"] == "8.6.0"
+
+
+def missing(package: str) -> str:
+    raise metadata.PackageNotFoundError(package)
+
+
+def test_the_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.bench.fingerprint.find_device", lambda: Device(0, "Orin", (8, 7), 1 << 33, None))
+    gpu = {"name": "Orin", "compute_capability": "8.7", "memory_mib": 8192, "driver": None}
+    assert env.describe_gpu() == {"gpu": gpu}

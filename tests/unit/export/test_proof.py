@@ -154,6 +154,13 @@ def test_type_names(words: str, dtype: str) -> None:
     assert type_in(words) == dtype
 
 
+@pytest.mark.parametrize("separator", ["", "\x1f", " "])
+def test_metadata_names_the_nodes(separator: str) -> None:
+    metadata = separator.join(["[ONNX Layer: blocks.0.attn.logits]", "[blocks.0.attn.softmax]"])
+    (found,) = read_layers(answer([{"Name": "a", "Metadata": metadata}]))
+    assert found.metadata == ("blocks.0.attn.logits", "blocks.0.attn.softmax")
+
+
 def test_separate_keys_of_format_and_type_are_read() -> None:
     entry = {"Name": "a", "LayerType": "gemm", "Outputs": [{"Name": "y", "Format": "Linear", "Datatype": "BFloat16"}]}
     assert read_layers(answer([entry]))[0].dtype == "bfloat16"
@@ -182,6 +189,19 @@ def test_int8_may_leave_attention_alone() -> None:
             entry["Inputs"][0]["Format/Datatype"] = "Int8"
     assert proof(layers, precision="int8").findings == []
     assert "0 of 16 matrix layers work in float8" in proof(layers, precision="fp8").findings[0]
+
+
+def test_what_lies_beside_nameless_fused_kernels_is_no_finding() -> None:
+    nameless = [layer(f"_gemm_mha_v2_myl0_{b}", "kgen") for b in range(BLOCKS)]
+    around = [layer(f"blocks.{b}.attn.logits", "Shuffle") for b in range(BLOCKS)]
+    assert proof([gemm(0, "mlp.fc1"), *nameless, *around]).findings == []
+
+
+def test_nodes_that_prepare_an_attention_are_not_part_of_it() -> None:
+    prepared = layer("blocks.0.attn.logits.scaled", "PointWise", ("blocks.0.attn.logits.scaled",))
+    idle = layer("blocks.0.attn.context", "NoOp", ("blocks.0.attn.context",))
+    (finding,) = proof([*network([fused(0)], [fused(1)], [fused(2)]), prepared, idle]).findings
+    assert finding.startswith("no layer is named like the attention of 1 of 4 blocks")
 
 
 def test_float32_attention_is_not_asked_to_be_fused() -> None:
