@@ -28,6 +28,7 @@ from tests.helpers.bundles import write_tiny
 from tests.helpers.engines import EngineSpec, copy_bundle, own_engines, write_engines
 from tests.helpers.fake_cuda import LAYOUTS
 from tests.helpers.fake_trt import VERSIONS, FakeTensorRT, install, other_process
+from tests.helpers.tensorrt import empty_machine
 
 ROOT = Path(__file__).resolve().parents[3]
 BATCH = 4
@@ -605,7 +606,10 @@ def test_no_memory_is_left(fake: FakeTensorRT, tiny: Bundle) -> None:
     assert error.details["free"] == 4000
 
 
-def test_the_plugin_is_loaded_first(fake: FakeTensorRT, tiny: Bundle, tmp_path: Path) -> None:
+def test_the_plugin_is_loaded_first(
+    fake: FakeTensorRT, tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty_machine(tmp_path / "home", monkeypatch)
     specs = [EngineSpec(g, ((g, 1, None),), ("TopKGather",)) for g in ("model", "dense")]
     write_engines(tiny, fake, specs)
     assert Session(tiny).run(tiny_images(1)).logits.shape == (1, 4)
