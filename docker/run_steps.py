@@ -1,7 +1,7 @@
 """Runs the steps of a Dockerfile without Docker: each stage in a fresh root of its own, made by debootstrap.
 
-Only for stages on Debian's own images (FROM debian:<suite>-...). As Docker does, it runs RUN in the stage's directory with
-its environment, copies what COPY says from the checkout or from an earlier stage, and at the end runs commands in the
+Only for stages on Debian's own images (FROM debian:<suite>-...). As Docker does, it runs RUN in the stage's directory
+with its environment, copies what COPY says from the checkout or from an earlier stage, and at the end runs commands in the
 last stage as its user. Needs root and debootstrap. Without them `--no-root` runs what can be run in a temporary
 directory: COPY, and the steps that call neither apt-get nor useradd, with the roots' paths put below that directory.
 
@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -26,8 +27,11 @@ from dockerfile_parse import DockerfileParser
 
 CONTEXT = Path(__file__).resolve().parents[1]
 MIRROR = "http://deb.debian.org/debian"
+AUTHORITIES = "/etc/machine-authorities.pem"  # those the machine trusts, of a proxy too
 PASSED_ON = re.compile(r"(?i)(pip_(cert|index_url|extra_index_url|trusted_host|default_timeout|proxy)|.*_proxy)")
 SYSTEM_STEPS = ("apt-get", "useradd", "groupadd")
+# In a mount table of its own, so that nothing stays mounted.
+ENTER = 'mount -t proc proc "$1/proc"; root=$1; user=$2; shift 2; PATH=$PATH:/usr/sbin exec chroot "$user" "$root" "$@"'
 QUIET = ("LABEL", "HEALTHCHECK", "ENTRYPOINT", "CMD", "EXPOSE")
 
 
@@ -96,10 +100,15 @@ class Builder:
         environment |= {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
         environment |= stage.environment
         if self.rooted:
-            whole = ["chroot", *([f"--userspec={user}"] if user else []), str(stage.root), "/bin/sh", "-ec"]
+            as_user = f"--userspec={user}" if user else "--userspec=0:0"
+            whole = ["/usr/bin/unshare", "--mount", "/bin/sh", "-ec", ENTER, "sh", str(stage.root), as_user]
+            if (stage.root / AUTHORITIES[1:]).is_file():
+                environment |= {"PIP_CERT": AUTHORITIES}
             if user:
                 environment["HOME"] = "/home/edgeprune"
-            subprocess.run([*whole, f"cd {shlex.quote(stage.folder)}; {command}"], env=environment, check=True)
+            subprocess.run(
+                [*whole, "/bin/sh", "-ec", f"cd {shlex.quote(stage.folder)}; {command}"], env=environment, check=True
+            )
             return
         environment = {name: self._below(stage, value) for name, value in environment.items()}
         environment["PATH"] += os.pathsep + os.environ["PATH"]
@@ -138,10 +147,12 @@ class Builder:
             if done.returncode:
                 raise SystemExit(quiet.read_text()[-2000:])
         subprocess.run(["cp", "-a", f"{base}/.", str(root)], check=True)
-        for name in ("etc/resolv.conf", "etc/pip.conf", "etc/ssl/certs/ca-certificates.crt"):
-            if Path("/", name).is_file():
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(Path("/", name), root / name)
+        for name in ("/etc/resolv.conf", "/etc/pip.conf"):
+            if Path(name).is_file():
+                shutil.copy(name, root / name[1:])
+        authorities = ssl.get_default_verify_paths().cafile or os.environ.get("PIP_CERT")
+        if authorities and Path(authorities).is_file():  # beside the root's own, which its packages write
+            shutil.copy(authorities, root / AUTHORITIES[1:])
 
     def _arg(self, value: str) -> None:
         name, _, default = value.partition("=")

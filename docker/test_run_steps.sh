@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 roots=--no-root
 if [ "$(id -u)" = 0 ]; then
   command -v debootstrap >/dev/null || { apt-get update && apt-get install -y --no-install-recommends debootstrap; } >"$work/apt.log" 2>&1 || true
-  if command -v debootstrap >/dev/null && chroot / true 2>/dev/null; then roots=; fi
+  if command -v debootstrap >/dev/null && unshare --mount chroot / true 2>/dev/null; then roots=; fi
 fi
 
 "$python" -m edgeprune export -m vit_digits --method evit --keep-rate 0.7 --random-weights --no-verify -o "$work/bundle" -q

@@ -140,10 +140,9 @@ def find_engines(bundle: Bundle, device: str, compute_capability: str, tensorrt:
         EnvironmentLackError: `engine-missing` when nothing was built, `engine-other-device` when it was built for
             others, `engine-stale` when the index is not understood.
     """
-    engines = bundle.path / ENGINES_FOLDER
-    folder = engines / folder_name(device, tensorrt)
+    folder = bundle.path / ENGINES_FOLDER / folder_name(device, tensorrt)
     if not (folder / INDEX_NAME).is_file():
-        others = sorted(path.parent.name for path in engines.glob(f"*/{INDEX_NAME}"))
+        others = [other.name for other in engine_folders(bundle)]
         if others:
             raise _other_device(bundle, f"are for {', '.join(others)}", device, tensorrt)
         raise engine_missing(bundle, f"{bundle.path} has no engines", device=device, tensorrt=tensorrt)
@@ -154,8 +153,13 @@ def find_engines(bundle: Bundle, device: str, compute_capability: str, tensorrt:
     return folder, index
 
 
+def engine_folders(bundle: Bundle) -> list[Path]:
+    """Return the folders with engines of a bundle, for whatever device."""
+    return sorted(path.parent for path in (bundle.path / ENGINES_FOLDER).glob(f"*/{INDEX_NAME}"))
+
+
 def read_index(bundle: Bundle, folder: Path) -> EngineIndex:
-    """Return the index of a folder of engines.
+    """Return the index in a folder of engines.
 
     Raises:
         EnvironmentLackError: `engine-stale` when it is not understood.

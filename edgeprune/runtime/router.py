@@ -38,7 +38,7 @@ class Backend(Protocol):
 
         Args:
             feeds: every input by name: arrays, and handles of the same kind of backend.
-            keep: outputs that are only handed on; as handles they hold until the same backend runs again.
+            keep: outputs that are only handed on; as handles they hold their values as long as somebody holds them.
         """
         ...
 

@@ -14,11 +14,11 @@ from edgeprune.errors import InputError
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.engines import (
     ENGINES_FOLDER,
-    INDEX_NAME,
     EngineIndex,
     EngineInfo,
     ProfileInfo,
     check_source,
+    engine_folders,
     engine_missing,
     read_index,
 )
@@ -252,8 +252,7 @@ def choose_engines(bundle: Bundle, wanted: str | None) -> tuple[Path, EngineInde
         EnvironmentLackError: `engine-missing` when nothing was built, `engine-stale` when the index is not understood.
         InputError: `engines` when the folder is not there, or not the only one.
     """
-    root = bundle.path / ENGINES_FOLDER
-    names = sorted(path.parent.name for path in root.glob(f"*/{INDEX_NAME}"))
+    names = [folder.name for folder in engine_folders(bundle)]
     if not names:
         raise engine_missing(bundle, f"{bundle.path} has no engines")
     if wanted not in names and (wanted is not None or len(names) > 1):
@@ -265,7 +264,7 @@ def choose_engines(bundle: Bundle, wanted: str | None) -> tuple[Path, EngineInde
             hint=f"--engines {names[0]}",
             details={"engines": names},
         )
-    folder = root / (wanted or names[0])
+    folder = bundle.path / ENGINES_FOLDER / (wanted or names[0])
     return folder, read_index(bundle, folder)
 
 

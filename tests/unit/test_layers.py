@@ -127,6 +127,14 @@ def test_onnxruntime_is_imported_by_one_module_of_the_run_time() -> None:
     assert users("onnxruntime", within) == ["edgeprune.runtime.ort"]
 
 
+@pytest.mark.parametrize(
+    ("package", "seam"),
+    [("tensorrt", "plugins.loader"), ("pycuda", "runtime.cuda"), ("cuda", "runtime.cuda")],
+)
+def test_what_drives_a_gpu_is_imported_by_one_module(package: str, seam: str) -> None:
+    assert users(package, ("edgeprune",)) == [f"edgeprune.{seam}"]
+
+
 @pytest.mark.parametrize("package", ["torch", "onnx", "onnx_graphsurgeon", "sklearn", "safetensors"])
 def test_run_time_never_imports_what_a_device_lacks(package: str) -> None:
     assert users(package, ("edgeprune.runtime", "edgeprune.data.preprocess", "edgeprune.data.overlay")) == []
