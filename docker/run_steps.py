@@ -1,8 +1,8 @@
 """Runs the steps of a Dockerfile without Docker: each stage in a fresh root of its own, made by debootstrap.
 
 Only for stages on Debian's own images (FROM debian:<suite>-...). As Docker does, it runs RUN in the stage's directory
-with its environment, copies what COPY says from the checkout or from an earlier stage, and at the end runs commands in the
-last stage as its user. Needs root and debootstrap. Without them `--no-root` runs what can be run in a temporary
+with its environment, copies what COPY says from the checkout or from an earlier stage, and at the end runs commands in
+the last stage as its user. Needs root and debootstrap. Without them `--no-root` runs what can be run in a temporary
 directory: COPY, and the steps that call neither apt-get nor useradd, with the roots' paths put below that directory.
 
     python docker/run_steps.py docker/Dockerfile.cpu --carry BUNDLE --then "edgeprune doctor" --then "edgeprune run ..."
