@@ -207,17 +207,19 @@ def check_jetson() -> Iterator[Finding]:
     comes = f", JetPack {jetson.jetpack} with TensorRT {jetson.tensorrt}" if jetson.jetpack else ""
     yield Finding("jetson linux", "ok", f"{jetson.linux}{comes}")
     if jetson.mode is None:
-        fix = "sudo nvpmodel -q; in a container mount /etc/nvpmodel.conf and /var/lib/nvpmodel"
-        yield Finding("power mode", "note", "unknown: /var/lib/nvpmodel/status does not say", fix)
+        mount = "sudo nvpmodel -q; in a container mount /etc/nvpmodel.conf and /var/lib/nvpmodel"
+        yield Finding("power mode", "note", "unknown: /var/lib/nvpmodel/status does not say", mount)
     else:
-        fastest = jetson.fastest
-        slower = fastest is not None and fastest != jetson.mode
-        fix = f"for full speed: sudo nvpmodel -m {fastest.number} ({fastest.name})" if fastest and slower else None
-        yield Finding("power mode", "note" if slower else "ok", f"{jetson.mode.number} {jetson.mode.name}", fix)
-    if jetson.held is not None:
-        fix = None if jetson.held else "for benchmarks: sudo jetson_clocks"
-        found = "held at one frequency" if jetson.held else "follow the load"
-        yield Finding("clocks", "ok" if jetson.held else "note", found, fix)
+        fastest, found = jetson.fastest, f"{jetson.mode.number} {jetson.mode.name}"
+        if fastest is None or fastest == jetson.mode:
+            yield Finding("power mode", "ok", found)
+        else:
+            faster = f"for full speed: sudo nvpmodel -m {fastest.number} ({fastest.name})"
+            yield Finding("power mode", "note", found, faster)
+    if jetson.held is True:
+        yield Finding("clocks", "ok", "held at one frequency")
+    elif jetson.held is False:
+        yield Finding("clocks", "note", "follow the load", "for benchmarks: sudo jetson_clocks")
 
 
 def check_memory() -> Iterator[Finding]:
