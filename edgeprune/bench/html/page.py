@@ -1,0 +1,343 @@
+"""The report as a page: sections of figures, tables and sentences, put into the template."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgeprune.bench.html import charts, facts
+from edgeprune.bench.html.charts import Bar, Point, SpeedRow, kind_of
+from edgeprune.bench.html.inputs import ReportInput
+from edgeprune.bench.html.overlays import Overlays
+from edgeprune.bench.report import Rows, report_notes, report_tables
+from edgeprune.bench.result import BenchResult, RunnerResult
+from edgeprune.errors import InternalError, missing_package
+from edgeprune.version import __version__
+
+TEMPLATES = Path(__file__).parent / "templates"
+WIDE, NARROW = 900.0, 330.0
+DOTS = 24_000  # of all distributions of a report together
+MAX_BYTES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing for wide and one for narrow screens, with what stands under it."""
+
+    wide: str
+    narrow: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the same keys, which are the headings."""
+
+    title: str
+    rows: Rows
+
+
+@dataclass
+class Section:
+    """A part of the page; `notes` are sentences under it."""
+
+    key: str
+    title: str
+    lead: str = ""
+    blocks: list[Figure | Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def render(report: ReportInput, overlays: Sequence[Overlays] = (), *, title: str | None = None) -> str:
+    """Return the page.
+
+    Args:
+        report: results, accuracies and bundles.
+        overlays: kept tokens of bundles.
+        title: of the page; by default the model and method, or how many results there are.
+
+    Raises:
+        EnvironmentLackError: `package-missing` without jinja2.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as error:
+        raise missing_package("jinja2", "report", "writing a report") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    names = facts.names_of(report.results)
+    summaries = [facts.summarise_result(r, report.accuracies_of(r)) for r in report.results]
+    page = environment.get_template("report.html.j2").render(
+        title=title or (summaries[0].title if len(summaries) == 1 else f"{len(summaries)} benches"),
+        created=max(r.created for r in report.results),
+        version=__version__,
+        names=names,
+        summaries=summaries,
+        medians=[_medians(r) for r in report.results],
+        caveats=facts.report_caveats(report),
+        sections=list(_sections(report, names)),
+        overlays=overlays,
+        machines=facts.fingerprint_rows(report.results, names),
+        reproduce=_reproduce(report, names, overlaid=bool(overlays)),
+        svg=Markup,  # drawings escape what they hold
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        figure=Figure,
+    )
+    if len(page.encode()) >= MAX_BYTES:
+        raise InternalError(f"the report has {len(page.encode())} bytes", code="report-size", expected="fewer than 2 MB")
+    return page
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _sections(report: ReportInput, names: Sequence[str]) -> Iterator[Section]:
+    """Yield the sections that have something to show; those that people look for and that are empty say why."""
+    yield _tables(report, names)
+    yield _speed(report, names)
+    yield _distributions(report, names)
+    yield _frontier(report, names)
+    yield _tokens(report, names)
+    yield _layers(report, names)
+    yield _energy(report, names)
+
+
+def _tables(report: ReportInput, names: Sequence[str]) -> Section:
+    section = Section("table", "Dense against pruned")
+    for result, name in zip(report.results, names, strict=True):
+        for title, rows in report_tables(result):
+            section.blocks.append(Table(_titled(name, title or f"{facts.title_of(result)}"), rows))
+        accuracies = report.accuracies_of(result)
+        if accuracies is not None and (rows := facts.accuracy_rows(result, accuracies)):
+            random = " (random weights: these mean nothing)" if result.random_weights else ""
+            section.blocks.append(Table(_titled(name, f"accuracy{random}"), rows))
+        section.notes += [_titled(name, note) for note in report_notes(result)]
+        section.notes += [_titled(name, f"warning: {warning}") for warning in result.warnings]
+    return section
+
+
+def _speed(report: ReportInput, names: Sequence[str]) -> Section:
+    rows = []
+    for result, name in zip(report.results, names, strict=True):
+        own = {d.runner: d.macs for d in result.densities} or {"pruned": result.macs}
+        for runner in result.runners:
+            if runner.speedup is not None:
+                macs = own.get(runner.name)
+                nominal, ideal = (None, None) if macs is None else (macs.ratio, macs.ideal_speedup)
+                rows.append(
+                    SpeedRow(_titled(name, runner.name), kind_of(runner.name), runner.speedup, nominal, ideal)
+                )
+    section = Section("speed", "Measured and promised")
+    if not rows:
+        section.notes.append("There is nothing to compare with the dense graph.")
+        return section
+    caption = (
+        "Filled sign and bar: measured speed-up over the dense graph with its 95 % interval. "
+        "Hollow diamond: the ratio of multiply-accumulates as papers count them. "
+        "Upright stroke: the ratio of those the two graphs execute. Dashed line: as fast as dense."
+    )
+    section.blocks.append(_both("speed", caption, lambda key, width: charts.speedups(key, rows, width)))
+    return section
+
+
+def _distributions(report: ReportInput, names: Sequence[str]) -> Section:
+    section = Section("latency", "Latency distributions")
+    most = max(30, min(240, DOTS // max(1, 2 * sum(len(r.runners) for r in report.results))))
+    for i, (result, name) in enumerate(zip(report.results, names, strict=True)):
+        runners = result.runners
+        counts = max(r.n for r in runners)
+        dots = f"{most} of them, evenly spread, as dots" if counts > most else "a dot for each"
+        caption = _titled(
+            name,
+            f"Wall time, all samples: density, quartiles (bar), median (stroke), {dots}. The axis need not begin at 0 "
+            f"and ends where {100 * charts.SHARE_SHOWN:.0f} % of the samples do; those above are counted.",
+        )
+
+        def draw(key: str, width: float, runners: list[RunnerResult] = runners) -> str:
+            return charts.distributions(key, runners, width, dots=most)
+
+        section.blocks.append(_both(f"latency{i}", caption, draw))
+    return section
+
+
+def _frontier(report: ReportInput, names: Sequence[str]) -> Section:
+    section = Section("frontier", "Accuracy against latency")
+    points = []
+    for result, name in zip(report.results, names, strict=True):
+        accuracies = report.accuracies_of(result)
+        if accuracies is None or result.random_weights:
+            continue
+        for runner in result.runners:
+            accuracy = accuracies.of_runner(runner.name)
+            if accuracy is not None:
+                low, high = facts.wilson(accuracy)
+                points.append(
+                    Point(
+                        _titled(name, _short(runner.name)),
+                        kind_of(runner.name),
+                        runner.median_wall_ms,
+                        100 * accuracy.top1,
+                        100 * low,
+                        100 * high,
+                    )
+                )
+    if points:
+        caption = (
+            "To the left is faster, up is better. Filled signs lie on the frontier (dashed): nothing measured is both "
+            "at least as fast and at least as accurate. Where the bars of two points overlap much, these images do "
+            "not tell their accuracies apart."
+        )
+        section.blocks.append(_both("frontier", caption, lambda key, width: charts.frontier(key, points, width)))
+    elif all(r.random_weights for r in report.results):
+        section.notes.append("Random weights have no accuracy worth drawing; the latencies above are real.")
+    else:
+        section.notes.append(
+            "No accuracy was given. edgeprune evaluate BUNDLE --data DATA --json > evaluate.json, then add "
+            "evaluate.json to the files of the report."
+        )
+    return section
+
+
+def _tokens(report: ReportInput, names: Sequence[str]) -> Section:
+    section = Section("tokens", "Latency against tokens")
+    points = []
+    for result, name in zip(report.results, names, strict=True):
+        points += list(_token_points(report, result, name))
+    if len({p.x for p in points}) > 1:
+        caption = (
+            "Median time of a run over the patch tokens that are left behind the first stage. "
+            "Hollow signs are buckets, or quartiles of the images, of an adaptive bundle; a level bar spans the tokens "
+            "their images kept, an upright one goes to the p90."
+        )
+        section.blocks.append(_both("tokens", caption, lambda key, width: charts.tokens(key, points, width)))
+    else:
+        section.notes.append("One token count alone was measured.")
+    return section
+
+
+def _token_points(report: ReportInput, result: BenchResult, name: str) -> Iterator[Point]:
+    """Yield what is known of (tokens at the first stage, median latency) for the graphs of a result."""
+    stages = result.bundle["method"].get("stages") or []
+    dense, pruned = result.runner("dense"), result.runner("pruned")
+    if not stages:
+        return
+    if dense is not None:
+        p90 = dense.percentiles["p90"].value
+        yield Point(_titled(name, "dense"), "dense", stages[0]["tokens_in"], dense.median_wall_ms, high=p90, linked=name)
+    if result.adaptive is not None:
+        for group in result.adaptive.groups:
+            if group.median_ms is not None and group.tokens is not None:
+                low, high = group.tokens
+                what = "bucket" if result.adaptive.form == "buckets" else "quartile"
+                label = group.name if group.name.startswith("mixed") else f"{what} {group.name}"
+                yield Point(
+                    _titled(name, label),
+                    "pruned",
+                    (low + high) / 2,
+                    group.median_ms,
+                    high=group.p90_ms.value,
+                    x_range=(low, high) if low != high else None,
+                    hollow=True,
+                )
+        return
+    bundle = report.bundle_of(result)
+    kept = {} if bundle is None else {d.keep_rate: d.stages[0].kept for d in bundle.manifest.densities if d.stages}
+    for density in result.densities:
+        runner = result.runner(density.runner)
+        first = density.macs is not None and density.macs is not None and density.keep_rate in kept
+        if runner is not None and first:
+            p90 = runner.percentiles["p90"].value
+            tokens, label = kept[density.keep_rate], f"keep {density.keep_rate:g}"
+            yield Point(_titled(name, label), "pruned", tokens, runner.median_wall_ms, high=p90, linked=name)
+    if pruned is not None and not result.densities:
+        p90 = pruned.percentiles["p90"].value
+        yield Point(_titled(name, "pruned"), "pruned", stages[0]["kept"], pruned.median_wall_ms, high=p90, linked=name)
+
+
+def _layers(report: ReportInput, names: Sequence[str]) -> Section:
+    section = Section("layers", "Where the time went")
+    for i, (result, name) in enumerate(zip(report.results, names, strict=True)):
+        rows = charts.part_bars(result.layers)
+        if rows:
+            sources = ", ".join(dict.fromkeys(f"{x.source}, {x.runs} runs" for x in result.layers))
+            caption = _titled(name, f"Time of one run by part of the network ({sources}; medians).")
+
+            def draw(key: str, width: float, rows: list[Bar] = rows) -> str:
+                return charts.bars(key, rows, width, title="Where the time went", unit="ms")
+
+            section.blocks.append(_both(f"layers{i}", caption, draw))
+        if result.layers:
+            section.blocks.append(Table(_titled(name, "by part of the network"), facts.part_rows(result)))
+            section.notes += list(dict.fromkeys(_titled(name, x.note) for x in result.layers if x.note))
+    if not section.blocks:
+        section.notes.append("These results hold no times of single layers.")
+    return section
+
+
+def _energy(report: ReportInput, names: Sequence[str]) -> Section:
+    section = Section("energy", "Energy")
+    for i, (result, name) in enumerate(zip(report.results, names, strict=True)):
+        rows = [
+            Bar("", r.name, kind_of(r.name), r.energy.joules_per_image, f"{r.energy.joules_per_image:.4f} J")
+            for r in result.runners
+            if r.energy is not None
+        ]
+        if not rows:
+            continue
+        caption = _titled(name, "Energy of one image on the rail named below, what the machine takes when idle included.")
+
+        def draw(key: str, width: float, rows: list[Bar] = rows) -> str:
+            return charts.bars(key, rows, width, title="Energy per image", unit="J")
+
+        section.blocks.append(_both(f"energy{i}", caption, draw))
+        section.blocks.append(Table(_titled(name, "energy"), facts.energy_rows(result)))
+    if not section.blocks:
+        lacking = dict.fromkeys(x for r in report.results if r.telemetry is not None for x in r.telemetry.lacking)
+        why = f": {'; '.join(lacking)}" if lacking else "; the machine told no power, or was not asked"
+        section.notes.append(f"No energy was measured{why}.")
+    return section
+
+
+def _reproduce(report: ReportInput, names: Sequence[str], *, overlaid: bool) -> list[tuple[str, list[str]]]:
+    """Return (what it is, lines) per result."""
+    found = []
+    for result, name in zip(report.results, names, strict=True):
+        accuracies = report.accuracies_of(result)
+        drawn = overlaid and (len(report.results) == 1 or report.bundle_of(result) is not None)
+        lines = facts.reproduce(result, overlays=drawn, evaluated=None if accuracies is None else accuracies.data)
+        stages = facts.stage_words(result)
+        found.append((_titled(name, facts.title_of(result)), [*([f"# {stages}"] if stages else []), *lines]))
+    return found
+
+
+def _medians(result: BenchResult) -> list[tuple[str, str, str, float]]:
+    """Return (name, kind, median, share of the slowest) of dense and pruned, for the picture in the summary."""
+    shown = [r for r in result.runners if r.name == "dense" or r.name.startswith("pruned")]
+    slowest = max((r.median_wall_ms for r in shown), default=1.0)
+    return [(r.name, kind_of(r.name), f"{r.median_wall_ms:.3f} ms", r.median_wall_ms / slowest) for r in shown]
+
+
+def _both(key: str, caption: str, draw: charts.Drawing) -> Figure:
+    return Figure(draw(f"{key}-w", WIDE), draw(f"{key}-n", NARROW), caption)
+
+
+def _titled(name: str, text: str) -> str:
+    return f"{name}: {text}" if name else text
+
+
+def _short(runner: str) -> str:
+    return runner.replace("pruned at", "keep")
