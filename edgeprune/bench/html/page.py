@@ -7,11 +7,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edgeprune.bench.html import charts, facts
 from edgeprune.bench.html.charts import Bar, Point, SpeedRow, kind_of
 from edgeprune.bench.html.inputs import ReportInput
-from edgeprune.bench.html.overlays import Overlays
+from edgeprune.bench.html.overlays import Keep, Overlays
 from edgeprune.bench.report import Rows, report_notes, report_tables
 from edgeprune.bench.result import BenchResult, RunnerResult
 from edgeprune.errors import InternalError, missing_package
@@ -74,6 +75,8 @@ def render(report: ReportInput, overlays: Sequence[Overlays] = (), *, title: str
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["has_drawing"] = lambda block: isinstance(block, Figure)
+    environment.filters["keep_data"] = _keep_data
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     names = facts.names_of(report.results)
     summaries = [facts.summarise_result(r, report.accuracies_of(r)) for r in report.results]
@@ -94,11 +97,18 @@ def render(report: ReportInput, overlays: Sequence[Overlays] = (), *, title: str
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        figure=Figure,
     )
     if len(page.encode()) >= MAX_BYTES:
         raise InternalError(f"the report has {len(page.encode())} bytes", code="report-size", expected="fewer than 2 MB")
     return page
+
+
+def _keep_data(keeps: Sequence[Keep]) -> list[dict[str, Any]]:
+    """Return what the script tells below a picture, per density."""
+    return [
+        {"told": k.told, "right": k.right, "overflow": k.overflow, "kept": [stage.kept for stage in k.stages]}
+        for k in keeps
+    ]
 
 
 def _hash(text: str) -> str:
