@@ -61,8 +61,10 @@ def command(
     overlays = []
     if report.images or data is not None:
         with ui.steps() as steps:
-            for bundle in report.bundles:
-                overlays.append(draw_overlays(bundle, report.images, data=data, count=count, progress=steps))
+            overlays = [
+                draw_overlays(bundle, report.images, data=data, count=count, progress=steps)
+                for bundle in report.bundles
+            ]
     page = render(report, overlays, title=title)
     write_text(ui, output, page)
     ui.note(f"written: {output} ({len(page.encode()) / 1024:.0f} KiB)")

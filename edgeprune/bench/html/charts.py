@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,8 @@ from edgeprune.bench.report import format_ratio
 from edgeprune.bench.result import RunnerResult
 from edgeprune.bench.stats import Ratio
 
-Drawing = Callable[[str, float], str]  # (key that is unique in the page, width in pixels) -> SVG
-
 GRID = 90  # places where a density is estimated
-SHARE_SHOWN = 0.99  # of the samples the axis holds; those above are counted at its end
+SHARE_SHOWN = 0.98  # of the samples the axis holds; those above are counted at its end
 MIN_DENSITY = 8  # samples below which no density is drawn
 
 
@@ -26,12 +24,12 @@ def kind_of(runner: str) -> str:
     return runner.partition(" ")[0]
 
 
-def distributions(key: str, runners: Sequence[RunnerResult], width: float, *, dots: int = 240) -> str:
+def distributions(runners: Sequence[RunnerResult], *, key: str, width: float, dots: int = 240) -> str:
     """Return the wall times of every graph: density, quartiles, median, and a dot per sample.
 
     Args:
-        key: unique in the page.
         runners: a row each.
+        key: unique in the page.
         width: pixels.
         dots: most samples drawn of each; the evenly spread ones in order of time.
     """
@@ -83,8 +81,10 @@ def _distribution(runner: RunnerResult, scale: svg.Scale, top: float, row: float
 
 def _density_path(values: np.ndarray, scale: svg.Scale, base: float, height: float) -> str:
     """Return the outline of a Gaussian kernel density, its highest place `height` pixels over the base."""
-    q25, q75 = np.quantile(values, [0.25, 0.75])
-    spread = min(float(values.std()), float(q75 - q25) / 1.34) or float(values.std()) or scale.high * 1e-3
+    q10, q25, q50, q75 = np.quantile(values, [0.1, 0.25, 0.5, 0.75])
+    # what lies far above the median must not smooth the rest away: the lower half has its say too
+    spreads = (float(values.std()), float(q75 - q25) / 1.34, float(q50 - q10) / 1.28)
+    spread = min((s for s in spreads if s > 0), default=scale.high * 1e-3)
     width = max(0.9 * spread * len(values) ** -0.2, (scale.high - scale.low) / 400)
     at = np.linspace(scale.low, scale.high, GRID)
     density = np.exp(-0.5 * ((at[:, None] - values[None, :]) / width) ** 2).sum(1)
@@ -104,7 +104,7 @@ class SpeedRow:
     ideal: float | None
 
 
-def speedups(key: str, rows: Sequence[SpeedRow], width: float) -> str:
+def speedups(rows: Sequence[SpeedRow], *, key: str, width: float) -> str:
     """Return measured speed-ups with intervals, the MACs ratio and what the graphs' own MACs would give."""
     row, top, left, right = 50.0, 8.0, 12.0, width - 18
     values = [1.0]
@@ -133,7 +133,9 @@ def speedups(key: str, rows: Sequence[SpeedRow], width: float) -> str:
         promise = [f"MACs ratio {r.nominal:.2f}"] if r.nominal is not None else []
         promise += [f"ideal {r.ideal:.2f}"] if r.ideal is not None else []
         told.append(f"{r.name}: measured {format_ratio(r.speedup)}{''.join(f', {p}' for p in promise)}")
-    return svg.picture(key, width, bottom + 44, "Measured speed-up and what the operations promise", "; ".join(told), *parts)
+    return svg.picture(
+        key, width, bottom + 44, "Measured speed-up and what the operations promise", "; ".join(told), *parts
+    )
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,10 @@ class Point:
 
 def on_frontier(points: Sequence[Point]) -> list[bool]:
     """Tell of each point whether no other is both at least as fast (x) and at least as good (y), and one of it more."""
-    return [
-        not any((q.x <= p.x and q.y >= p.y) and (q.x < p.x or q.y > p.y) for q in points) for p in points
-    ]
+    return [not any((q.x <= p.x and q.y >= p.y) and (q.x < p.x or q.y > p.y) for q in points) for p in points]
 
 
-def frontier(key: str, points: Sequence[Point], width: float) -> str:
+def frontier(points: Sequence[Point], *, key: str, width: float) -> str:
     """Return accuracy over latency, and the frontier: what nothing else beats in both."""
     height = 330.0 if width > 500 else 300.0
     left, right, top, bottom = 50.0, width - 16, 34.0, height - 46
@@ -174,7 +174,9 @@ def frontier(key: str, points: Sequence[Point], width: float) -> str:
     y = svg.fit([v for p in points for v in (p.low, p.y, p.high) if v is not None], bottom, top, room=0.1)
     best = on_frontier(points)
     line = sorted((p for p, b in zip(points, best, strict=True) if b), key=lambda p: p.x)
-    steps = "".join(f"{'M' if i == 0 else 'H'}{number(x(p.x))}{' ' if i == 0 else 'V'}{number(y(p.y))}" for i, p in enumerate(line))
+    steps = "".join(
+        f"{'M' if i == 0 else 'H'}{number(x(p.x))}{' ' if i == 0 else 'V'}{number(y(p.y))}" for i, p in enumerate(line)
+    )
     parts = [
         svg.x_axis(x, top, bottom, "median latency (ms)", count=4 if width < 500 else 8),
         svg.y_axis(y, left, right, "top-1 accuracy (%), bars: 95 % CI"),
@@ -188,7 +190,7 @@ def frontier(key: str, points: Sequence[Point], width: float) -> str:
     return svg.picture(key, width, height, "Accuracy against latency", told, *parts)
 
 
-def tokens(key: str, points: Sequence[Point], width: float) -> str:
+def tokens(points: Sequence[Point], *, key: str, width: float) -> str:
     """Return latency over the patch tokens kept at the first stage, buckets included."""
     height = 330.0 if width > 500 else 300.0
     left, right, top, bottom = 50.0, width - 16, 34.0, height - 46
@@ -220,21 +222,27 @@ def _points(
     top: float,
     bottom: float,
 ) -> list[str]:
-    """Return markers with intervals and labels that do not lie on each other."""
+    """Return markers with intervals, and labels that lie neither on each other nor on other markers."""
     under, over = [], []
-    heights = svg.spread_labels([y(p.y) + 4 for p in points], 15, top + 6, bottom - 2)
-    for p, empty, at in zip(points, hollow, heights, strict=True):
+    taken = [(x(p.x) - 8, x(p.x) + 8, y(p.y)) for p in points]
+    for p, empty in zip(points, hollow, strict=True):
         px, py = x(p.x), y(p.y)
         if p.low is not None or p.high is not None:
             ends = [y(p.y if v is None else v) for v in (p.low, p.high)]
-            under.append(tag("path", d=f"M{number(px)} {number(ends[0])}V{number(ends[1])}", class_=f"whisker {p.kind}"))
+            under.append(
+                tag("path", d=f"M{number(px)} {number(ends[0])}V{number(ends[1])}", class_=f"whisker {p.kind}")
+            )
         if p.x_range is not None:
             a, b = (x(v) for v in p.x_range)
             under.append(tag("path", d=f"M{number(a)} {number(py)}H{number(b)}", class_=f"whisker {p.kind}"))
         over.append(marker(p.kind, px, py, 6, hollow=empty, title=f"{p.name}: {p.x:g}, {p.y:g}"))
-        name = p.name
-        before = px + 14 + svg.text_width(name) > right and px > (x.start + x.end) / 2
-        over.append(label(px - 12 if before else px + 12, at, name, anchor="end" if before else "start", kind="ink halo"))
+        wide = svg.text_width(p.name)
+        before = px + 14 + wide > right
+        start = px - 12 - wide if before else px + 12
+        at = svg.free_place(taken, start, start + wide, py, top + 8, bottom - 8)
+        taken.append((start, start + wide, at))
+        anchor = "end" if before else "start"
+        over.append(label(px - 12 if before else px + 12, at + 4, p.name, anchor=anchor, kind="ink halo"))
     return under + over
 
 
@@ -249,13 +257,13 @@ class Bar:
     text: str
 
 
-def bars(key: str, rows: Sequence[Bar], width: float, *, title: str, unit: str) -> str:
+def bars(rows: Sequence[Bar], *, key: str, width: float, title: str, unit: str) -> str:
     """Return horizontal bars in groups, each with its value written at its end."""
     narrow = width < 500
     left = 12.0 if narrow else 12.0 + max(svg.text_width(r.name) for r in rows) + 14
     room = max(svg.text_width(r.text) for r in rows) + 14
     top, bar, gap = 4.0, 15.0, 4.0
-    scale = svg.Scale(0.0, max(max(r.value for r in rows), 1e-12), left, width - room - 6)
+    scale = svg.Scale(0.0, max(*(r.value for r in rows), 1e-12), left, width - room - 6)
     y, parts, group = top, [], None
     for r in rows:
         if r.group != group:

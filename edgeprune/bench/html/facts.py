@@ -16,6 +16,8 @@ from edgeprune.bench.stats import Ratio
 
 Z95 = 1.959964
 MACHINE = ("cpu_model", "architecture", "usable_cores", "gpu", "governor", "power_mode", "nvpmodel")
+FIELDS = {"memory_mib": "memory (MiB)", "mhz": "clock (MHz)", "load_1min": "load, 1 min", "cpu_model": "processor"}
+LINE = 88  # characters of a command before it is continued on the next line
 BASELINES = ("dense", "random", "naive")
 
 
@@ -36,7 +38,8 @@ class Summary:
         setting: target, batch, threads and processor.
         headline: "1.52", the speed-up, or None where there is none; `interval` is "[1.50, 1.54]".
         verdict: "faster", "slower", "no difference shown", or what stands in its place.
-        sentence: the whole of it in words.
+        sentences: the whole of it in words.
+        of: the graph that the headline is of, where a bundle has several.
         caveats: why to be careful, worst first.
     """
 
@@ -45,8 +48,9 @@ class Summary:
     headline: str | None
     interval: str | None
     verdict: str
-    sentence: str
+    sentences: list[str]
     caveats: list[Caveat]
+    of: str = ""
 
 
 def title_of(result: BenchResult) -> str:
@@ -98,14 +102,16 @@ def summarise_result(result: BenchResult, accuracies: Accuracies | None) -> Summ
             f"{title} takes {only.median_wall_ms:.3f} ms per run (median of {only.n} runs, {setting}). "
             "There is no dense graph and pruned graph to compare."
         )
-        return Summary(title, setting, None, None, "not compared", sentence, caveats)
+        return Summary(title, setting, None, None, "not compared", [sentence], caveats)
     first = pruned[0]
     speedup = first.speedup
     assert speedup is not None
     verdict = verdict_of(speedup)
-    sentence = _sentence(result, dense, pruned, accuracies)
+    sentences = [_speed_words(dense, runner) for runner in pruned]
+    sentences += _accuracy_words(pruned, accuracies, random=result.random_weights)
     headline, _, interval = format_ratio(speedup).partition(" ")
-    return Summary(title, setting, headline, interval or None, verdict, sentence, caveats)
+    of = first.name if len(pruned) > 1 else ""
+    return Summary(title, setting, headline, interval or None, verdict, sentences, caveats, of)
 
 
 def verdict_of(speedup: Ratio) -> str:
@@ -117,45 +123,38 @@ def verdict_of(speedup: Ratio) -> str:
     return "slower" if speedup.high < 1 else "no difference shown"
 
 
-def _sentence(
-    result: BenchResult, dense: RunnerResult, pruned: Sequence[RunnerResult], accuracies: Accuracies | None
-) -> str:
-    text = " ".join(_speed_words(dense, runner, result) for runner in pruned)
-    told = _accuracy_words(pruned, accuracies, random=result.random_weights)
-    return f"{text} {told}" if told else text
-
-
-def _speed_words(dense: RunnerResult, runner: RunnerResult, result: BenchResult) -> str:
+def _speed_words(dense: RunnerResult, runner: RunnerResult) -> str:
     speedup = runner.speedup
     assert speedup is not None
     rate = runner.name.partition("pruned at ")[2]
     name = f"The pruned graph at keep rate {rate}" if rate else "The pruned graph"
-    medians = f"{runner.median_wall_ms:.3f} ms against {dense.median_wall_ms:.3f} ms, medians of {runner.n} samples"
+    medians = (
+        f"{runner.median_wall_ms:.3f} ms against {dense.median_wall_ms:.3f} ms, medians of {runner.n} samples each"
+    )
     ratio = format_ratio(speedup)
     if speedup.low is None:
         return f"{name} runs {ratio} times as fast as the dense graph, {speedup.note} ({medians})."
     bounds = f"95 % CI over {speedup.blocks} paired blocks"
     if verdict_of(speedup) == "no difference shown":
         return f"{name} shows no difference in speed from the dense graph: {ratio} times as fast, {bounds} ({medians})."
-    slower = " slower than the dense graph:" if verdict_of(speedup) == "slower" else ""
-    verb = f"is{slower} it runs" if slower else "runs"
-    behind = "" if slower else " as the dense graph"
-    return f"{name} {verb} {ratio} times as fast{behind}, {bounds} ({medians})."
+    if verdict_of(speedup) == "slower":
+        return f"{name} is slower than the dense graph: {ratio} times as fast, {bounds} ({medians})."
+    return f"{name} runs {ratio} times as fast as the dense graph, {bounds} ({medians})."
 
 
-def _accuracy_words(pruned: Sequence[RunnerResult], accuracies: Accuracies | None, *, random: bool) -> str:
+def _accuracy_words(pruned: Sequence[RunnerResult], accuracies: Accuracies | None, *, random: bool) -> Iterator[str]:
     if accuracies is None or random:
-        return ""
+        return
     dense = accuracies.of_runner("dense")
     told = [(r, a) for r in pruned if (a := accuracies.of_runner(r.name)) is not None]
     if not told:
-        return ""
+        return
     parts = []
     for runner, accuracy in told:
         rate = runner.name.partition("pruned at ")[2]
         parts.append(f"{100 * accuracy.top1:.2f} %" + (f" at {rate}" if rate else ""))
     against = "" if dense is None else f", {100 * dense.top1:.2f} % dense"
-    return f"Top-1 accuracy is {', '.join(parts)}{against} ({told[0][1].images} images of {accuracies.data})."
+    yield f"Top-1 accuracy is {', '.join(parts)}{against} ({told[0][1].images} images of {accuracies.data})."
 
 
 def caveats_of(result: BenchResult, accuracies: Accuracies | None) -> Iterator[Caveat]:
@@ -254,11 +253,10 @@ def fingerprint_rows(results: Sequence[BenchResult], names: Sequence[str]) -> li
             "tool version": str(result.bundle.get("tool_version", "unknown")),
         }
         columns.append(fields)
-    fields = list(dict.fromkeys(name for column in columns for name in column))
     rows = []
-    for name in fields:
+    for name in dict.fromkeys(name for column in columns for name in column):
         values = [column.get(name, "unknown") for column in columns]
-        rows.append((name.replace("_", " "), values, len(set(values)) > 1))
+        rows.append((FIELDS.get(name, name.replace("_", " ")), values, len(set(values)) > 1))
     return rows
 
 
@@ -291,8 +289,8 @@ def mixed_machines(results: Sequence[BenchResult]) -> str | None:
     return "; ".join(differing) or None
 
 
-def reproduce(result: BenchResult, *, overlays: bool, evaluated: str | None) -> list[str]:
-    """Return the commands that lead to such a result, in their order.
+def reproduce(result: BenchResult, *, overlays: bool, accuracies: Accuracies | None) -> list[str]:
+    """Return the commands that lead to such a result, in their order; long ones go on behind a backslash.
 
     The bundle's place is not part of a result; it is called `bundle` here.
     """
@@ -321,13 +319,24 @@ def reproduce(result: BenchResult, *, overlays: bool, evaluated: str | None) -> 
         bench += ["--scenario", result.scenario.text]
     lines = [[*words, "-o", "bundle"], [*bench, "-o", "bench.json"]]
     report = ["edgeprune", "report", "bench.json"]
-    if evaluated is not None:
-        lines.append(["edgeprune", "evaluate", "bundle", "--data", evaluated, "--json"])
+    if accuracies is not None:
+        limit = str(max(accuracy.images for accuracy in accuracies.graphs.values()))
+        lines.append(["edgeprune", "evaluate", "bundle", "--data", accuracies.data, "--limit", limit, "--json"])
         report.append("evaluate.json")
-    report += ["bundle", "--data", evaluated or "digits"] if overlays else []
+    report += ["bundle", "--data", "digits" if accuracies is None else accuracies.data] if overlays else []
     lines.append([*report, "-o", "report.html"])
-    told = [shlex.join(line) for line in lines]
-    return [f"{line} > evaluate.json" if line.startswith("edgeprune evaluate") else line for line in told]
+    return [_broken(line) + (" > evaluate.json" if line[1] == "evaluate" else "") for line in lines]
+
+
+def _broken(words: Sequence[str]) -> str:
+    """Return a command for a shell, continued on the next line in front of an option where it gets long."""
+    lines = [""]
+    for word in words:
+        quoted = shlex.quote(word)
+        if word.startswith("-") and len(lines[-1]) + len(quoted) > LINE - 16:
+            lines.append("   ")
+        lines[-1] += f" {quoted}" if lines[-1] else quoted
+    return " \\\n".join(lines)
 
 
 def stage_words(result: BenchResult) -> str | None:

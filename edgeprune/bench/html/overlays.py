@@ -7,11 +7,12 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from edgeprune.checks.accuracy import match_classes
 from edgeprune.checks.parity import open_for_checks
 from edgeprune.data import open_dataset
 from edgeprune.data.preprocess import load_image, preprocess
@@ -29,7 +30,16 @@ MOST_SIDE = 256  # pixels of an image in the report
 PNG_SIDE = 96  # images up to this size are kept exactly
 QUALITY = 84
 
+PLACES = {"pre_block": "in front of"}
+
 Progress = Callable[[str, float], None]
+
+
+class Truth(NamedTuple):
+    """The right class: its place in the class names of the data."""
+
+    labels: Sequence[str]
+    place: int
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,9 @@ class Overlays:
     Attributes:
         title: model and method.
         rows, columns: of the grid of patches.
-        densities: "keep rate 0.7"; "all" for one that drops nothing.
-        stages: name of every stage, by the block it belongs to; of the density with the most.
+        densities: keep rates.
+        first: place of the density that is shown first, the first that drops anything.
+        stages: place of every stage; of the density with the most.
         emulated: why the graphs did not run on what they were made for, None when they did.
         random_weights: what is kept means nothing.
     """
@@ -93,6 +104,7 @@ class Overlays:
     pictures: list[Picture]
     emulated: str | None
     random_weights: bool
+    first: int = 0
 
 
 def draw_overlays(
@@ -114,7 +126,8 @@ def draw_overlays(
 
     Raises:
         InputError: `token-outputs` for a bundle that does not tell what it keeps, `report-images` for none or too
-            many images; those of opening the data and of reading the files.
+            many images, `data-classes` when the classes of data and model do not match; those of opening the data and
+            of reading the files.
         EnvironmentLackError: as of `open_for_checks`.
     """
     manifest = bundle.manifest
@@ -143,10 +156,11 @@ def draw_overlays(
         rows=grid[0],
         columns=grid[1],
         densities=[f"{rate:g}" for rate in rates if rate is not None] or [f"{manifest.method.keep_rate:g}"],
-        stages=[f"block {stage.block}" for stage in stages],
+        stages=[f"{PLACES.get(stage.where, 'inside')} block {stage.block}" for stage in stages],
         pictures=[_picture(name, image, manifest, k) for (name, image, _), k in zip(chosen, keeps, strict=True)],
         emulated=emulated,
         random_weights=manifest.weights.source == "random",
+        first=next((i for i, d in enumerate(manifest.densities) if d.stages), 0),
     )
 
 
@@ -176,24 +190,23 @@ def _grid(manifest: Manifest) -> tuple[int, int]:
 
 def _images(
     info: PreprocessInfo, files: Sequence[Path], data: str | None, count: int
-) -> Iterator[tuple[str, NDArray[np.float32], str | None]]:
-    """Yield (name, normalised image [3, H, W], right class or None)."""
+) -> Iterator[tuple[str, NDArray[np.float32], Truth | None]]:
+    """Yield (name, normalised image [3, H, W], right class where it is known)."""
     for file in files:
         yield file.name, preprocess(load_image(file), info), None
     if data is not None:
         dataset = open_dataset(data, limit=count)
         for batch, labels in dataset.batches(count, info):
             for image, index in zip(batch, labels.tolist(), strict=True):
-                name = dataset.labels[index]
-                yield f"{data.partition(':')[0]} “{name}”", image, name
+                yield f"{data.partition(':')[0]} “{dataset.labels[index]}”", image, Truth(dataset.labels, index)
 
 
-def _keep(result: Result, truth: str | None, labels: list[str] | None, grid: tuple[int, int]) -> Keep:
+def _keep(result: Result, truth: Truth | None, labels: list[str] | None, grid: tuple[int, int]) -> Keep:
     logits = result.logits[0].astype(np.float64)
     weights = np.exp(logits - logits.max())
     best = int(logits.argmax())
     name = labels[best] if labels and best < len(labels) else str(best)
-    right = None if truth is None else (name == truth if labels else None)
+    right = None if truth is None else best == int(match_classes(truth.labels, labels, len(logits))[truth.place])
     alive = np.ones(grid[0] * grid[1], bool)
     stages = []
     for stage in result.kept:

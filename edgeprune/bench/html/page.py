@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from edgeprune.bench.html.charts import Bar, Point, SpeedRow, kind_of
 from edgeprune.bench.html.inputs import ReportInput
 from edgeprune.bench.html.overlays import Keep, Overlays
 from edgeprune.bench.report import Rows, report_notes, report_tables
-from edgeprune.bench.result import BenchResult, RunnerResult
+from edgeprune.bench.result import BenchResult
 from edgeprune.errors import InternalError, missing_package
 from edgeprune.version import __version__
 
@@ -43,12 +44,11 @@ class Table:
 
 @dataclass
 class Section:
-    """A part of the page; `notes` are sentences under it."""
+    """A part of the page; a list among its blocks holds sentences, `notes` are those under all of it."""
 
     key: str
     title: str
-    lead: str = ""
-    blocks: list[Figure | Table] = field(default_factory=list)
+    blocks: list[Figure | Table | list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -75,7 +75,8 @@ def render(report: ReportInput, overlays: Sequence[Overlays] = (), *, title: str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.tests["has_drawing"] = lambda block: isinstance(block, Figure)
+    environment.tests["drawing"] = lambda block: isinstance(block, Figure)
+    environment.tests["string_list"] = lambda block: isinstance(block, list)
     environment.filters["keep_data"] = _keep_data
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     names = facts.names_of(report.results)
@@ -99,7 +100,9 @@ def render(report: ReportInput, overlays: Sequence[Overlays] = (), *, title: str
         script_hash=_hash(script),
     )
     if len(page.encode()) >= MAX_BYTES:
-        raise InternalError(f"the report has {len(page.encode())} bytes", code="report-size", expected="fewer than 2 MB")
+        raise InternalError(
+            f"the report has {len(page.encode())} bytes", code="report-size", expected="fewer than 2 MB"
+        )
     return page
 
 
@@ -135,8 +138,8 @@ def _tables(report: ReportInput, names: Sequence[str]) -> Section:
         if accuracies is not None and (rows := facts.accuracy_rows(result, accuracies)):
             random = " (random weights: these mean nothing)" if result.random_weights else ""
             section.blocks.append(Table(_titled(name, f"accuracy{random}"), rows))
-        section.notes += [_titled(name, note) for note in report_notes(result)]
-        section.notes += [_titled(name, f"warning: {warning}") for warning in result.warnings]
+        warnings = [f"warning: {warning}" for warning in result.warnings]
+        section.blocks.append([_titled(name, note) for note in [*report_notes(result), *warnings]])
     return section
 
 
@@ -148,9 +151,7 @@ def _speed(report: ReportInput, names: Sequence[str]) -> Section:
             if runner.speedup is not None:
                 macs = own.get(runner.name)
                 nominal, ideal = (None, None) if macs is None else (macs.ratio, macs.ideal_speedup)
-                rows.append(
-                    SpeedRow(_titled(name, runner.name), kind_of(runner.name), runner.speedup, nominal, ideal)
-                )
+                rows.append(SpeedRow(_titled(name, runner.name), kind_of(runner.name), runner.speedup, nominal, ideal))
     section = Section("speed", "Measured and promised")
     if not rows:
         section.notes.append("There is nothing to compare with the dense graph.")
@@ -160,7 +161,7 @@ def _speed(report: ReportInput, names: Sequence[str]) -> Section:
         "Hollow diamond: the ratio of multiply-accumulates as papers count them. "
         "Upright stroke: the ratio of those the two graphs execute. Dashed line: as fast as dense."
     )
-    section.blocks.append(_both("speed", caption, lambda key, width: charts.speedups(key, rows, width)))
+    section.blocks.append(_both("speed", caption, partial(charts.speedups, rows)))
     return section
 
 
@@ -176,21 +177,18 @@ def _distributions(report: ReportInput, names: Sequence[str]) -> Section:
             f"Wall time, all samples: density, quartiles (bar), median (stroke), {dots}. The axis need not begin at 0 "
             f"and ends where {100 * charts.SHARE_SHOWN:.0f} % of the samples do; those above are counted.",
         )
-
-        def draw(key: str, width: float, runners: list[RunnerResult] = runners) -> str:
-            return charts.distributions(key, runners, width, dots=most)
-
-        section.blocks.append(_both(f"latency{i}", caption, draw))
+        section.blocks.append(_both(f"latency{i}", caption, partial(charts.distributions, runners, dots=most)))
     return section
 
 
 def _frontier(report: ReportInput, names: Sequence[str]) -> Section:
     section = Section("frontier", "Accuracy against latency")
-    points = []
+    drawings: dict[str, list[Point]] = {}
     for result, name in zip(report.results, names, strict=True):
         accuracies = report.accuracies_of(result)
         if accuracies is None or result.random_weights:
             continue
+        points = drawings.setdefault(f"{result.bundle['model']} on {accuracies.data}", [])
         for runner in result.runners:
             accuracy = accuracies.of_runner(runner.name)
             if accuracy is not None:
@@ -205,14 +203,16 @@ def _frontier(report: ReportInput, names: Sequence[str]) -> Section:
                         100 * high,
                     )
                 )
-    if points:
+    for i, (what, points) in enumerate(drawings.items()):
         caption = (
-            "To the left is faster, up is better. Filled signs lie on the frontier (dashed): nothing measured is both "
-            "at least as fast and at least as accurate. Where the bars of two points overlap much, these images do "
-            "not tell their accuracies apart."
+            f"{what}. To the left is faster, up is better. Filled signs lie on the frontier (dashed): nothing "
+            "measured is both at least as fast and at least as accurate. Where the bars of two points overlap "
+            "much, these images do not tell their accuracies apart."
         )
-        section.blocks.append(_both("frontier", caption, lambda key, width: charts.frontier(key, points, width)))
-    elif all(r.random_weights for r in report.results):
+        section.blocks.append(_both(f"frontier{i}", caption, partial(charts.frontier, points)))
+    if drawings:
+        return section
+    if all(r.random_weights for r in report.results):
         section.notes.append("Random weights have no accuracy worth drawing; the latencies above are real.")
     else:
         section.notes.append(
@@ -224,18 +224,19 @@ def _frontier(report: ReportInput, names: Sequence[str]) -> Section:
 
 def _tokens(report: ReportInput, names: Sequence[str]) -> Section:
     section = Section("tokens", "Latency against tokens")
-    points = []
+    drawings: dict[str, list[Point]] = {}
     for result, name in zip(report.results, names, strict=True):
-        points += list(_token_points(report, result, name))
-    if len({p.x for p in points}) > 1:
+        drawings.setdefault(result.bundle["model"], []).extend(_token_points(report, result, name))
+    for i, (model, points) in enumerate(drawings.items()):
+        if len({p.x for p in points}) < 2:
+            section.notes.append(f"{model}: one token count alone was measured.")
+            continue
         caption = (
-            "Median time of a run over the patch tokens that are left behind the first stage. "
+            f"{model}: median time of a run over the patch tokens that are left behind the first stage. "
             "Hollow signs are buckets, or quartiles of the images, of an adaptive bundle; a level bar spans the tokens "
             "their images kept, an upright one goes to the p90."
         )
-        section.blocks.append(_both("tokens", caption, lambda key, width: charts.tokens(key, points, width)))
-    else:
-        section.notes.append("One token count alone was measured.")
+        section.blocks.append(_both(f"tokens{i}", caption, partial(charts.tokens, points)))
     return section
 
 
@@ -247,7 +248,9 @@ def _token_points(report: ReportInput, result: BenchResult, name: str) -> Iterat
         return
     if dense is not None:
         p90 = dense.percentiles["p90"].value
-        yield Point(_titled(name, "dense"), "dense", stages[0]["tokens_in"], dense.median_wall_ms, high=p90, linked=name)
+        yield Point(
+            _titled(name, "dense"), "dense", stages[0]["tokens_in"], dense.median_wall_ms, high=p90, linked=name
+        )
     if result.adaptive is not None:
         for group in result.adaptive.groups:
             if group.median_ms is not None and group.tokens is not None:
@@ -268,8 +271,7 @@ def _token_points(report: ReportInput, result: BenchResult, name: str) -> Iterat
     kept = {} if bundle is None else {d.keep_rate: d.stages[0].kept for d in bundle.manifest.densities if d.stages}
     for density in result.densities:
         runner = result.runner(density.runner)
-        first = density.macs is not None and density.macs is not None and density.keep_rate in kept
-        if runner is not None and first:
+        if runner is not None and density.keep_rate in kept:
             p90 = runner.percentiles["p90"].value
             tokens, label = kept[density.keep_rate], f"keep {density.keep_rate:g}"
             yield Point(_titled(name, label), "pruned", tokens, runner.median_wall_ms, high=p90, linked=name)
@@ -285,10 +287,7 @@ def _layers(report: ReportInput, names: Sequence[str]) -> Section:
         if rows:
             sources = ", ".join(dict.fromkeys(f"{x.source}, {x.runs} runs" for x in result.layers))
             caption = _titled(name, f"Time of one run by part of the network ({sources}; medians).")
-
-            def draw(key: str, width: float, rows: list[Bar] = rows) -> str:
-                return charts.bars(key, rows, width, title="Where the time went", unit="ms")
-
+            draw = partial(charts.bars, rows, title="Where the time went", unit="ms")
             section.blocks.append(_both(f"layers{i}", caption, draw))
         if result.layers:
             section.blocks.append(Table(_titled(name, "by part of the network"), facts.part_rows(result)))
@@ -308,11 +307,10 @@ def _energy(report: ReportInput, names: Sequence[str]) -> Section:
         ]
         if not rows:
             continue
-        caption = _titled(name, "Energy of one image on the rail named below, what the machine takes when idle included.")
-
-        def draw(key: str, width: float, rows: list[Bar] = rows) -> str:
-            return charts.bars(key, rows, width, title="Energy per image", unit="J")
-
+        caption = _titled(
+            name, "Energy of one image on the rail named below, what the machine takes when idle included."
+        )
+        draw = partial(charts.bars, rows, title="Energy per image", unit="J")
         section.blocks.append(_both(f"energy{i}", caption, draw))
         section.blocks.append(Table(_titled(name, "energy"), facts.energy_rows(result)))
     if not section.blocks:
@@ -328,7 +326,7 @@ def _reproduce(report: ReportInput, names: Sequence[str], *, overlaid: bool) -> 
     for result, name in zip(report.results, names, strict=True):
         accuracies = report.accuracies_of(result)
         drawn = overlaid and (len(report.results) == 1 or report.bundle_of(result) is not None)
-        lines = facts.reproduce(result, overlays=drawn, evaluated=None if accuracies is None else accuracies.data)
+        lines = facts.reproduce(result, overlays=drawn, accuracies=accuracies)
         stages = facts.stage_words(result)
         found.append((_titled(name, facts.title_of(result)), [*([f"# {stages}"] if stages else []), *lines]))
     return found
@@ -341,8 +339,8 @@ def _medians(result: BenchResult) -> list[tuple[str, str, str, float]]:
     return [(r.name, kind_of(r.name), f"{r.median_wall_ms:.3f} ms", r.median_wall_ms / slowest) for r in shown]
 
 
-def _both(key: str, caption: str, draw: charts.Drawing) -> Figure:
-    return Figure(draw(f"{key}-w", WIDE), draw(f"{key}-n", NARROW), caption)
+def _both(key: str, caption: str, draw: Callable[..., str]) -> Figure:
+    return Figure(draw(key=f"{key}-w", width=WIDE), draw(key=f"{key}-n", width=NARROW), caption)
 
 
 def _titled(name: str, text: str) -> str:

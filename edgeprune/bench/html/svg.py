@@ -122,7 +122,8 @@ def fit(values: Sequence[float], start: float, end: float, *, zero: bool = False
 
     Args:
         values: at least one.
-        start, end: pixels.
+        start: pixel of the lowest value.
+        end: pixel of the highest.
         zero: begin at 0.
         room: share of the range left free at each end that is not 0.
     """
@@ -165,14 +166,22 @@ def y_axis(scale: Scale, left: float, right: float, title: str, *, count: int = 
     return "".join([*lines, *texts, label(2, scale.end - 12, title, kind="muted")])
 
 
-def spread_labels(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Return places near the wanted ones, in order, that keep a gap and stay inside where they can."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = [0.0] * len(wanted)
-    last = low - gap
-    for i in order:
-        last = placed[i] = max(wanted[i], last + gap)
-    limit = high + gap
-    for i in reversed(order):
-        limit = placed[i] = min(placed[i], limit - gap)
-    return placed
+def free_place(
+    taken: Sequence[tuple[float, float, float]], start: float, end: float, wanted: float, low: float, high: float
+) -> float:
+    """Return the height nearest to the wanted one where a label lies on none of those taken.
+
+    Args:
+        taken: (from, to, height) of labels and signs.
+        start: left end of the label.
+        end: its right end.
+        wanted: height of its middle; it lies there when nothing is free.
+        low: least height it may have.
+        high: largest one.
+    """
+    rows = [(a, b, y) for a, b, y in taken if a < end and b > start]
+    for distance in range(0, 200, 3):
+        for at in (wanted - distance, wanted + distance):
+            if low <= at <= high and all(abs(at - y) >= FONT + 2 for _, _, y in rows):
+                return at
+    return wanted

@@ -4,15 +4,15 @@
   root.classList.add("scripted");
 
   const button = document.getElementById("theme");
-  const themes = { auto: ["◐", "as the system"], light: ["☀", "light"], dark: ["☾", "dark"] };
+  const themes = { auto: ["◐", "as the system has them"], light: ["☀", "of the day"], dark: ["☾", "of the night"] };
   const key = "edgeprune-report-theme";
   const take = (theme) => {
     if (theme === "auto") root.removeAttribute("data-theme");
     else root.setAttribute("data-theme", theme);
     const [sign, words] = themes[theme];
-    button.firstChild.textContent = `${sign} `;
-    button.querySelector("span").textContent = theme;
-    button.setAttribute("aria-label", `Colours: ${words}`);
+    button.firstElementChild.textContent = `${sign} `;
+    button.querySelector("[data-name]").textContent = theme;
+    button.setAttribute("aria-label", `${theme}: colours ${words}`);
     button.dataset.now = theme;
   };
   const remember = (action) => {
@@ -40,7 +40,7 @@
     }));
     const show = () => {
       const stage = Number(stageSlider.value);
-      const density = densitySlider ? Number(densitySlider.value) : densities.length - 1;
+      const density = densitySlider ? Number(densitySlider.value) : 0;
       const stageWords = stage === 0 ? "before any stage" : `${stage} of ${stages.length}: ${stages[stage - 1]}`;
       stageSlider.setAttribute("aria-valuetext", stageWords);
       overlay.querySelector("[data-stage-told]").textContent = stageWords;
