@@ -40,6 +40,7 @@ class Accuracies:
         data: what was asked for, without its path.
         emulated: why the graphs did not run on what they were made for, None when they did.
         graphs: by the name `evaluate` gives them: "dense", "model", "keep rate 0.7".
+        note: what to know about them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Accuracies:
     data: str
     emulated: str | None
     graphs: dict[str, GraphAccuracy]
+    note: str | None = None
 
     def of_runner(self, runner: str) -> GraphAccuracy | None:
         """Return the accuracy of what a bench calls "dense", "pruned" or "pruned at 0.7"."""
@@ -73,14 +75,16 @@ class ReportInput:
 
     def accuracies_of(self, result: BenchResult) -> Accuracies | None:
         """Return the first accuracies of the bundle that a result is of, None when there are none."""
-        known = [a for a in self.accuracies if a.identity is not None and same_bundle(a.identity, result.bundle)]
-        alone = [a for a in self.accuracies if a.identity is None] if len(self.results) == 1 else []
-        return next(iter(known + alone), None)
+        return next((a for a in self.accuracies if self._belongs(a, result)), None)
 
     def unmatched(self) -> list[Accuracies]:
         """Return the accuracies that belong to no result."""
-        used = [id(self.accuracies_of(result)) for result in self.results]
-        return [a for a in self.accuracies if id(a) not in used]
+        return [a for a in self.accuracies if not any(self._belongs(a, result) for result in self.results)]
+
+    def _belongs(self, accuracies: Accuracies, result: BenchResult) -> bool:
+        if accuracies.identity is None:
+            return len(self.results) == 1
+        return same_bundle(accuracies.identity, result.bundle)
 
     def bundle_of(self, result: BenchResult) -> Bundle | None:
         """Return the bundle that a result is of, None when it was not given."""

@@ -139,7 +139,8 @@ def _tables(report: ReportInput, names: Sequence[str]) -> Section:
             random = " (random weights: these mean nothing)" if result.random_weights else ""
             section.blocks.append(Table(_titled(name, f"accuracy{random}"), rows))
         warnings = [f"warning: {warning}" for warning in result.warnings]
-        section.blocks.append([_titled(name, note) for note in [*report_notes(result), *warnings]])
+        told = [accuracies.note] if accuracies is not None and accuracies.note else []
+        section.blocks.append([_titled(name, note) for note in [*report_notes(result), *told, *warnings]])
     return section
 
 
