@@ -1,10 +1,45 @@
-"""Where the time of a graph went, by part of the network."""
+"""Where the time of a graph went, by part of the network: from ONNX Runtime's profiler, told apart by node names."""
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.bench import stats
+from edgeprune.bench.measure import SystemClock
+from edgeprune.errors import InputError
+from edgeprune.runtime.bundle import Bundle
+from edgeprune.runtime.ort import OrtBackend
+
+if TYPE_CHECKING:
+    from edgeprune.bench.runners import Contest
 
 PARTS = ("embed", "attention", "mlp", "norm", "selection", "head", "other")
+RUNS, QUICK_RUNS, WARMUP_RUNS = 20, 5, 2
+SLOWEST = 12
+SOURCE = "onnxruntime profiler"
+NOTE = "the profiler itself adds to every node, most to short ones: shares are worth more than milliseconds"
+# first that matches a node's name, as the exporter writes them, or torch's own exporter for the naive graph
+_RULES = (
+    (
+        "selection",
+        r"(^|[./_])(select|selection|topk|top_k|kept_|token_|rank|predictor|merge_tokens|restore|score)|stash",
+    ),
+    ("head", r"^/?(head|fc_norm|logits|norm[./]head|pre_logits)"),
+    ("embed", r"^/?(patch_embed|pos_embed|cls_token|prefix|conv_stem|norm_pre)"),
+    ("mlp", r"(^|[./])(mlp|ffn)([./]|$)"),
+    ("attention", r"(^|[./])(attn|attention)([./]|$)"),
+    ("norm", r"(^|[./])(norm\w*|layer_?norm\w*)([./]|$)"),
+    ("norm", r"LayerNormalization"),
+)
+_KNOWN = [(part, re.compile(pattern)) for part, pattern in _RULES]
 
 
 @dataclass(frozen=True)
@@ -58,3 +93,113 @@ class LayersResult:
     parts: list[PartTime]
     nodes: list[NodeTime] = field(default_factory=list)
     note: str | None = None
+
+
+def part_of(name: str) -> str:
+    """Return the part of the network that a node belongs to, by its name.
+
+    A name of several joined by " + " or commas, as engines have, counts where its first known one does.
+    """
+    for single in re.split(r" \+ |,", name):
+        for part, pattern in _KNOWN:
+            if pattern.search(single.strip()):
+                return part
+    return "other"
+
+
+def profile_layers(bundle: Bundle, contest: Contest, *, quick: bool) -> list[LayersResult]:
+    """Return where the time of each runner of a bundle goes; sessions of their own are profiled, one at a time.
+
+    Args:
+        bundle: for a target of ONNX Runtime on the processor.
+        contest: its runners, images and threads.
+        quick: fewer runs.
+
+    Raises:
+        InputError: `bench-layers` for another target.
+    """
+    from edgeprune.bench.runners import pass_runner
+    from edgeprune.bench.summary import pruned_runners
+    from edgeprune.runtime.session import Session
+
+    manifest = bundle.manifest
+    if manifest.target not in PROFILED:
+        raise InputError(
+            f"the layers of a bundle for {manifest.target} are not timed",
+            code="bench-layers",
+            expected=f"a bundle for {' or '.join(PROFILED)}",
+            hint="bench without --layers; `edgeprune inspect` shows the layers of an engine",
+        )
+    rates = pruned_runners(manifest)
+    results = []
+    for runner in contest.runners:
+        if runner == "naive":  # not of the bundle
+            continue
+        graph = "model" if runner in rates or not manifest.method.stages else runner
+        with tempfile.TemporaryDirectory(prefix="edgeprune-layers-") as folder:
+            session = Session(
+                bundle,
+                graph=graph,
+                threads=contest.threads,
+                spinning=False,
+                check_hashes=False,
+                density=rates.get(runner),
+                open_graph=partial(OrtBackend, profile=Path(folder) / "profile"),
+            )
+            run, clock, times = pass_runner(session, contest.images.batches), SystemClock(), list[float]()
+            runs = QUICK_RUNS if quick else RUNS
+            for i in range(WARMUP_RUNS + runs):
+                start = clock.wall()
+                run()
+                if i >= WARMUP_RUNS:
+                    times.append((clock.wall() - start) * 1000)
+            files = session.end_profiling()
+            events = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+        per_run = len(contest.images.batches)
+        nodes = [node for document in events.values() for node in node_times(document, WARMUP_RUNS, runs, per_run)]
+        graphs = [name for name, document in events.items() if any(_is_node(event) for event in document)]
+        results.append(summarise_layers(runner, graphs, nodes, runs=runs, wall_ms=stats.median(times) / per_run))
+    return results
+
+
+PROFILED = ("onnx", "ort-cpu")
+
+
+def node_times(events: Iterable[Mapping[str, Any]], warmup: int, runs: int, per_run: int = 1) -> list[NodeTime]:
+    """Return what each node of a graph takes in a run, from the events of ONNX Runtime's profiler.
+
+    Args:
+        events: of warm-up and profiled calls, in the order of time.
+        warmup: calls that do not count.
+        runs: profiled calls.
+        per_run: runs of a call, over which the time is spread.
+    """
+    took: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if _is_node(event):
+            name = str(event["name"]).removesuffix("_kernel_time")
+            took[name, str(event.get("args", {}).get("op_name", ""))].append(float(event["dur"]) / 1000)
+    nodes = []
+    for (name, op), times in took.items():
+        measured = times[len(times) * warmup // (warmup + runs) :]
+        calls = len(measured) / runs / per_run  # of one run; several where images run one by one or routed
+        nodes.append(NodeTime(name, op, part_of(name), stats.median(measured) * calls))
+    return nodes
+
+
+def _is_node(event: Mapping[str, Any]) -> bool:
+    return event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time")
+
+
+def summarise_layers(
+    runner: str, graphs: Sequence[str], nodes: Sequence[NodeTime], *, runs: int, wall_ms: float | None
+) -> LayersResult:
+    """Return the parts of a runner's nodes."""
+    total = sum(node.ms or 0.0 for node in nodes)
+    parts = []
+    for part in PARTS:
+        own = [node.ms or 0.0 for node in nodes if node.part == part]
+        if own:
+            parts.append(PartTime(part, sum(own), sum(own) / total if total > 0 else None, len(own)))
+    slowest = sorted(nodes, key=lambda node: -(node.ms or 0.0))[:SLOWEST]
+    return LayersResult(runner, list(graphs), SOURCE, runs, wall_ms, parts, slowest, NOTE)

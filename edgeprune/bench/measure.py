@@ -1,7 +1,8 @@
 """Take turns: measure several runners in one process so that each meets the same state of the machine.
 
 A round visits every runner once; every second round goes backwards (A B C, C B A), and two rounds make a
-block. All raw samples are kept. Time is an argument, so the whole of it is tested without waiting.
+block. All raw samples are kept. Frames may come at a fixed rate; otherwise a run follows the one before at once.
+Time is an argument, so the whole of it is tested without waiting.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class Clock(Protocol):
     def cpu(self) -> float:
         """Return the processor time used so far."""
 
+    def sleep(self, seconds: float) -> None:
+        """Let wall time pass without work."""
+
 
 class SystemClock:
     """The clocks of the machine."""
@@ -44,6 +48,17 @@ class SystemClock:
     def cpu(self) -> float:
         """Return the processor time of this process."""
         return time.process_time()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+
+class DeviceTimes(Protocol):
+    """Where a backend leaves the times of a run that only it can tell apart, such as `DeviceTimer`."""
+
+    def take(self) -> tuple[float, float] | None:
+        """Return (milliseconds on the device, of giving it the work) since the last call; None without a run."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,7 @@ class MeasurePlan:
         warmup_window: rounds per warm-up window; it ends when two windows in a row agree.
         warmup_tolerance: largest change of any runner's median between two windows.
         visit_s: a visit repeats the fastest runner until it lasts about this long; all get as many calls.
+        frame_s: a frame is due this often and runs wait for it; None starts a run when the one before is done.
     """
 
     rounds: int | None = None
@@ -67,6 +83,7 @@ class MeasurePlan:
     warmup_window: int = 3
     warmup_tolerance: float = 0.05
     visit_s: float = 0.01
+    frame_s: float | None = None
 
 
 QUICK = MeasurePlan(duration_s=3.0, max_warmup_s=3.0)
@@ -74,10 +91,45 @@ QUICK = MeasurePlan(duration_s=3.0, max_warmup_s=3.0)
 
 @dataclass
 class Samples:
-    """Raw samples of one runner in the order they were taken, milliseconds per call."""
+    """Raw samples of one runner in the order they were taken, milliseconds per call.
+
+    Attributes:
+        wall_ms: from the start of the call, or from the moment its frame was due.
+        cpu_ms: processor time of the call.
+        at_s: the clock at the start of the call.
+        run_ms: wall time of the call alone, where frames are due at fixed times; else empty.
+        gpu_ms, enqueue_ms: as the backend tells them; empty where it does not.
+        dropped: frames that were never run, because the next one was due before the runner was free.
+    """
 
     wall_ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
+    at_s: list[float] = field(default_factory=list)
+    run_ms: list[float] = field(default_factory=list)
+    gpu_ms: list[float] = field(default_factory=list)
+    enqueue_ms: list[float] = field(default_factory=list)
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class WarmupResult:
+    """What was run before measuring.
+
+    Attributes:
+        rounds: of every runner.
+        elapsed_s: seconds they took.
+        stable: it ended because times stood still, not because its time was up.
+        window: rounds of a window; it ends when two windows in a row agree.
+        tolerance: largest change of any runner's median between two windows.
+        changes: that largest change at every window but the first, as a share.
+    """
+
+    rounds: int
+    elapsed_s: float
+    stable: bool
+    window: int
+    tolerance: float
+    changes: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -91,6 +143,8 @@ class Measurement:
         warmup_rounds: rounds thrown away first.
         warm: the warm-up ended because times stood still, not because its time was up.
         elapsed_s: measured part, warm-up not included.
+        warmup: the whole of it.
+        started_s: the clock when the measured part began.
     """
 
     samples: dict[str, Samples]
@@ -99,12 +153,15 @@ class Measurement:
     warmup_rounds: int
     warm: bool
     elapsed_s: float
+    warmup: WarmupResult | None = None
+    started_s: float = 0.0
 
     def per_run(self, runs: int) -> Measurement:
         """Return a measurement of calls of several runs as one of the mean run of each call."""
+        times = ("wall_ms", "cpu_ms", "run_ms", "gpu_ms", "enqueue_ms")
         samples = {
-            name: Samples([ms / runs for ms in s.wall_ms], [ms / runs for ms in s.cpu_ms])
-            for name, s in self.samples.items()
+            name: replace(one, **{field: [ms / runs for ms in getattr(one, field)] for field in times})
+            for name, one in self.samples.items()
         }
         return replace(self, samples=samples)
 
@@ -120,6 +177,7 @@ def measure(
     *,
     clock: Clock | None = None,
     progress: Progress | None = None,
+    device: DeviceTimes | None = None,
 ) -> Measurement:
     """Warm the runners up until their times stand still, then measure them in turns.
 
@@ -128,6 +186,7 @@ def measure(
         plan: duration and warm-up.
         clock: source of time; the machine's by default.
         progress: called with ("warm-up" or "measure", share done).
+        device: what the backends of the runners leave the device's times in, if they can tell.
 
     Raises:
         InputError: `bench-plan` when there is no runner or the plan has no round.
@@ -139,68 +198,114 @@ def measure(
     clock = clock or SystemClock()
     report = progress or (lambda phase, share: None)
     with _no_garbage_collection():
-        warmup_rounds, warm, fastest_s = _warm_up(runners, plan, clock, report)
-        calls = max(1, math.ceil(plan.visit_s / fastest_s)) if fastest_s > 0 else 1
-        return _measure_rounds(runners, plan, calls, warmup_rounds, warm, clock, report)
+        warmup, fastest_s = _warm_up(runners, plan, clock, report)
+        calls = _calls_per_visit(plan, fastest_s)
+        return _measure_rounds(runners, plan, calls, warmup, clock, report, device)
+
+
+def _calls_per_visit(plan: MeasurePlan, fastest_s: float) -> int:
+    each_s = fastest_s if plan.frame_s is None else plan.frame_s
+    return max(1, math.ceil(plan.visit_s / each_s)) if each_s > 0 else 1
 
 
 def _warm_up(
     runners: Mapping[str, Runner], plan: MeasurePlan, clock: Clock, report: Progress
-) -> tuple[int, bool, float]:
-    """Return rounds run, whether the times stood still, and the fastest runner's wall seconds per call."""
+) -> tuple[WarmupResult, float]:
+    """Return what was run, and the fastest runner's wall seconds per call."""
     start, done = clock.wall(), 0
     before: dict[str, float] = {}
+    changes: list[float] = []
     while True:
         window = {name: Samples() for name in runners}
         for _ in range(plan.warmup_window):
-            _run_round(runners, done, 1, window, clock)
+            for name in round_order(list(runners), done):
+                _run_calls(runners[name], 1, window[name], clock)
             done += 1
         now = {name: float(median(samples.wall_ms)) for name, samples in window.items()}
-        steady = bool(before) and all(
-            abs(now[name] - before[name]) <= plan.warmup_tolerance * before[name] for name in runners
-        )
+        if before:
+            changes.append(max(_change(now[name], before[name]) for name in runners))
         before, elapsed = now, clock.wall() - start
         report("warm-up", min(1.0, elapsed / plan.max_warmup_s))
-        warm = steady and elapsed >= plan.warmup_s
-        if warm or elapsed >= plan.max_warmup_s:
+        stable = bool(changes) and changes[-1] <= plan.warmup_tolerance and elapsed >= plan.warmup_s
+        if stable or elapsed >= plan.max_warmup_s:
             report("warm-up", 1.0)
-            return done, warm, min(now.values()) / 1000
+            made = WarmupResult(done, elapsed, stable, plan.warmup_window, plan.warmup_tolerance, changes)
+            return made, min(now.values()) / 1000
+
+
+def _change(now: float, before: float) -> float:
+    """Return by what share a time has changed; a time of nothing stands still only while it stays nothing."""
+    return abs(now - before) / before if before > 0 else float(now > 0)
 
 
 def _measure_rounds(
     runners: Mapping[str, Runner],
     plan: MeasurePlan,
     calls: int,
-    warmup_rounds: int,
-    warm: bool,
+    warmup: WarmupResult,
     clock: Clock,
     report: Progress,
+    device: DeviceTimes | None,
 ) -> Measurement:
     samples = {name: Samples() for name in runners}
     wanted = None if plan.rounds is None else plan.rounds + plan.rounds % 2
     start, rounds, share = clock.wall(), 0, 0.0
+    if device is not None:
+        device.take()  # what the warm-up left
     while share < 1:
         for _ in range(2):
-            _run_round(runners, rounds, calls, samples, clock)
+            for name in round_order(list(runners), rounds):
+                if plan.frame_s is None:
+                    _run_calls(runners[name], calls, samples[name], clock, device)
+                else:
+                    _run_frames(runners[name], calls, plan.frame_s, samples[name], clock, device)
             rounds += 1
         elapsed = clock.wall() - start
         by_time = min(elapsed / plan.duration_s if plan.duration_s > 0 else 1.0, rounds / (2 * MIN_BLOCKS))
         share = rounds / wanted if wanted else by_time
         report("measure", min(1.0, share))
-    return Measurement(samples, rounds, calls, warmup_rounds, warm, elapsed)
+    return Measurement(samples, rounds, calls, warmup.rounds, warmup.stable, elapsed, warmup, start)
 
 
-def _run_round(
-    runners: Mapping[str, Runner], index: int, calls: int, into: Mapping[str, Samples], clock: Clock
+def _run_calls(run: Runner, calls: int, into: Samples, clock: Clock, device: DeviceTimes | None = None) -> None:
+    """Call a runner some times, each call when the one before is done."""
+    for _ in range(calls):
+        cpu, wall = clock.cpu(), clock.wall()
+        run()
+        wall_end, cpu_end = clock.wall(), clock.cpu()
+        into.at_s.append(wall)
+        into.wall_ms.append((wall_end - wall) * 1000)
+        into.cpu_ms.append((cpu_end - cpu) * 1000)
+        _take_device_times(device, into)
+
+
+def _run_frames(
+    run: Runner, frames: int, frame_s: float, into: Samples, clock: Clock, device: DeviceTimes | None = None
 ) -> None:
-    for name in round_order(list(runners), index):
-        run, sample = runners[name], into[name]
-        for _ in range(calls):
-            cpu, wall = clock.cpu(), clock.wall()
-            run()
-            wall_end, cpu_end = clock.wall(), clock.cpu()
-            sample.wall_ms.append((wall_end - wall) * 1000)
-            sample.cpu_ms.append((cpu_end - cpu) * 1000)
+    """Run some frames that are due one every `frame_s`; a busy runner goes on with the newest frame there is."""
+    first, number = clock.wall(), 0
+    for _ in range(frames):
+        due = first + number * frame_s
+        if (early := due - clock.wall()) > 0:
+            clock.sleep(early)
+        cpu, wall = clock.cpu(), clock.wall()
+        run()
+        wall_end, cpu_end = clock.wall(), clock.cpu()
+        into.at_s.append(wall)
+        into.wall_ms.append((wall_end - due) * 1000)
+        into.run_ms.append((wall_end - wall) * 1000)
+        into.cpu_ms.append((cpu_end - cpu) * 1000)
+        _take_device_times(device, into)
+        newest = math.floor((wall_end - first) / frame_s + 1e-9)
+        into.dropped += max(0, newest - number - 1)
+        number = max(number + 1, newest)
+
+
+def _take_device_times(device: DeviceTimes | None, into: Samples) -> None:
+    told = None if device is None else device.take()
+    if told is not None:
+        into.gpu_ms.append(told[0])
+        into.enqueue_ms.append(told[1])
 
 
 @contextmanager

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from edgeprune.bench.adaptive import AdaptiveResult, RunGroup
 from edgeprune.bench.callers import CallersResult
 from edgeprune.bench.images import NOISE
-from edgeprune.bench.result import BenchResult, MacsResult
+from edgeprune.bench.layers import PARTS, LayersResult
+from edgeprune.bench.result import BenchResult, MacsResult, RunnerResult, SweepResult
+from edgeprune.bench.scenarios import ScenarioResult
 from edgeprune.bench.stats import Percentile, Ratio
 
 MAX_REASONS = 4  # in the notes; the result holds all
+BAR = 30  # characters of a bar that is all of a graph's time
+_EIGHTHS = " ▏▎▍▌▋▊▉"
 Rows = list[dict[str, str]]
 
 
 def report_tables(result: BenchResult) -> Iterator[tuple[str | None, Rows]]:
     """Yield (title, rows) of all tables, the one of the graphs first; the keys of a row are the headings."""
     yield None, report_table(result)
+    if result.scenario is not None and result.scenario.kind == "fixed-fps":
+        yield f"frames at {result.scenario.fps:g} per second", frames_table(result.scenario)
+    if result.scenario is not None and any(runner.windows for runner in result.scenario.runners):
+        yield f"windows of {result.scenario.window_s:g} s", windows_table(result.scenario)
+    if any(runner.median_gpu_ms is not None for runner in result.runners):
+        yield "where a run waits (medians)", device_table(result.runners)
+    if any(runner.energy is not None for runner in result.runners):
+        yield "energy of an image", energy_table(result.runners)
+    if result.layers:
+        yield "where the time goes", layers_table(result.layers)
     if result.adaptive is not None and result.adaptive.groups:
         what = "bucket" if result.adaptive.form == "buckets" else "quartile of the tokens kept at the first stage"
         yield f"{result.adaptive.runner}, by {what}", adaptive_table(result.adaptive)
@@ -37,7 +51,7 @@ def report_table(result: BenchResult) -> Rows:
             {
                 "graph": runner.name,
                 "MACs/image (G)": giga,
-                f"median (ms, batch {result.batch})": f"{runner.median_wall_ms:.3f}",
+                f"median (ms, {_sample(result)})": f"{runner.median_wall_ms:.3f}",
                 "p90 (ms)": format_percentile(runner.percentiles["p90"]),
                 "p99 (ms)": format_percentile(runner.percentiles["p99"]),
                 "n": str(runner.n),
@@ -47,6 +61,133 @@ def report_table(result: BenchResult) -> Rows:
             }
         )
     return rows
+
+
+def frames_table(scenario: ScenarioResult) -> Rows:
+    """Return a row per graph of the frames that came at a fixed rate; the keys are the headings."""
+    return [
+        {
+            "graph": runner.name,
+            "frames due": str(runner.frames.due),
+            "missed (%)": _percent(runner.frames.missed),
+            "dropped": str(runner.frames.dropped),
+            "late": str(runner.frames.late),
+            "run alone, median (ms)": f"{runner.frames.run_ms:.3f}",
+            "due to start, median (ms)": f"{runner.frames.start_delay_ms:.3f}",
+        }
+        for runner in scenario.runners
+        if runner.frames is not None
+    ]
+
+
+def windows_table(scenario: ScenarioResult) -> Rows:
+    """Return a row per window and graph of a sustained bench; the keys are the headings."""
+    return [
+        {
+            "graph": runner.name,
+            "from (s)": f"{window.start_s:.1f}",
+            "median (ms)": f"{window.median_wall_ms:.3f}",
+            "against the first": f"{window.median_wall_ms / runner.windows[0].median_wall_ms:.3f}",
+            "n": str(window.n),
+            "hottest (°C)": _number(window.temperature_c, 1),
+            "slowest clock (MHz)": _number(window.mhz, 0),
+            "power (W)": _number(window.watts, 2),
+            "throttled": "-" if window.throttled is None else "yes" if window.throttled else "no",
+        }
+        for runner in scenario.runners
+        for window in runner.windows
+    ]
+
+
+def device_table(runners: Iterable[RunnerResult]) -> Rows:
+    """Return what the backend tells apart, a row per graph that it tells; the keys are the headings."""
+    return [
+        {
+            "graph": runner.name,
+            "wall (ms)": f"{runner.median_wall_ms:.3f}",
+            "gpu (ms)": _number(runner.median_gpu_ms, 3),
+            "enqueue (ms)": _number(runner.median_enqueue_ms, 3),
+        }
+        for runner in runners
+        if runner.median_gpu_ms is not None
+    ]
+
+
+def energy_table(runners: Iterable[RunnerResult]) -> Rows:
+    """Return a row per graph whose energy is known; the keys are the headings."""
+    return [
+        {
+            "graph": runner.name,
+            "energy (mJ/image)": f"{1000 * runner.energy.joules_per_image:.2f}",
+            "above idle (mJ/image)": _number(_milli(runner.energy.net_joules_per_image), 2),
+            "power (W)": f"{runner.energy.mean_w:.2f}",
+            "idle (W)": _number(runner.energy.idle_w, 2),
+            "images": str(runner.energy.images),
+        }
+        for runner in runners
+        if runner.energy is not None
+    ]
+
+
+def layers_table(layers: Iterable[LayersResult]) -> Rows:
+    """Return a row per graph and part of the network, with a bar; the keys are the headings."""
+    return [
+        {
+            "graph": one.runner,
+            "part": part.part,
+            "ms": _number(part.ms, 3),
+            "share (%)": _percent(part.share),
+            "nodes": str(part.nodes),
+            "": format_bar(part.share or 0.0),
+        }
+        for one in layers
+        for part in sorted(one.parts, key=lambda part: PARTS.index(part.part))
+    ]
+
+
+def format_bar(share: float) -> str:
+    """Return a share as a bar of text, `BAR` characters for the whole."""
+    eighths = round(min(1.0, max(0.0, share)) * BAR * 8)
+    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()).ljust(BAR)
+
+
+def sweep_table(sweep: SweepResult) -> Rows:
+    """Return a row per case and graph; the keys are the headings."""
+    energy = any(runner.energy is not None for case in sweep.cases for runner in case.result.runners)
+    rows = []
+    for case in sweep.cases:
+        for row, runner in zip(report_table(case.result), case.result.runners, strict=True):
+            rows.append(
+                {
+                    "bundle": case.bundle,
+                    "batch": str(case.batch),
+                    "graph": _sweep_name(runner.name, case.keep_rates),
+                    "MACs ratio (x)": row["MACs ratio (x)"],
+                    "median (ms)": f"{runner.median_wall_ms:.3f}",
+                    "images/s": f"{runner.images_per_s:.1f}",
+                    "p90 (ms)": row["p90 (ms)"],
+                    "measured (x) [95 % CI]": row["measured (x) [95 % CI]"],
+                    **({"mJ/image": _number(_joules(runner), 2)} if energy else {}),
+                    "unstable": str(len(case.result.unstable) or ""),
+                }
+            )
+    return rows
+
+
+def sweep_notes(sweep: SweepResult) -> list[str]:
+    """Return the sentences that belong under the table of a sweep."""
+    notes = ["measured: dense time / this graph's time of the same bundle and batch, interleaved; cases one by one"]
+    notes += [f"scenario {text}" for text in dict.fromkeys(_scenario_text(c.result) for c in sweep.cases) if text]
+    if any(case.result.random_weights for case in sweep.cases):
+        notes.append("random weights: the speed is real, accuracy is not measured")
+    if any(case.result.quick for case in sweep.cases):
+        notes.append("quick run: fewer samples than a full one")
+    for case in sweep.cases:
+        if case.result.unstable:
+            more = len(case.result.unstable) - 1
+            tail = f", and {more} more reasons in the JSON result" if more else ""
+            notes.append(f"unstable: {case.bundle}, batch {case.batch}: {case.result.unstable[0]}{tail}")
+    return notes
 
 
 def adaptive_table(adaptive: AdaptiveResult) -> Rows:
@@ -79,6 +220,7 @@ def report_notes(result: BenchResult) -> list[str]:
             f"a sample is a pass over {result.images} images ({result.data}), divided by its "
             f"{result.runs_per_sample} runs"
         )
+    notes += _scenario_notes(result)
     notes += _efficiency_notes(result)
     if result.selection_overhead:
         share = format_ratio(result.selection_overhead, percent=True)
@@ -89,6 +231,8 @@ def report_notes(result: BenchResult) -> list[str]:
     if result.adaptive is not None:
         notes += _adaptive_notes(result.adaptive, noise=result.data == NOISE)
     notes += _session_notes(result)
+    notes += _sensor_notes(result)
+    notes += dict.fromkeys(one.note for one in result.layers if one.note)
     if result.random_weights:
         notes.append("random weights: the speed is real, accuracy is not measured")
     if result.quick:
@@ -96,6 +240,60 @@ def report_notes(result: BenchResult) -> list[str]:
     shown, more = result.unstable[:MAX_REASONS], len(result.unstable) - MAX_REASONS
     notes += [f"unstable: {reason}" for reason in shown]
     return [*notes, f"unstable: {more} more reasons in the JSON result"] if more > 0 else notes
+
+
+def _scenario_notes(result: BenchResult) -> Iterator[str]:
+    scenario = result.scenario
+    if scenario is None:
+        return
+    heads = [f"{one.name} {format_percentile(one.headline_ms)}" for one in scenario.runners]
+    yield f"scenario {scenario.text}, headline {scenario.headline} (ms): {', '.join(heads)}"
+    if scenario.kind == "fixed-fps":
+        yield "times are from the moment a frame was due; missed: dropped, or done after the next one was due"
+    if scenario.kind == "sustained":
+        yield "the graphs take turns without a pause, so that all meet the same heat"
+        for one in scenario.runners:
+            if one.last_over_first is not None:
+                width = f"{scenario.window_s:g} s"
+                yield f"{one.name}: median of the last {width} / of the first {width}: {one.last_over_first:.3f}"
+    if result.warmup is not None and result.warmup.stable:
+        yield f"warm-up: {result.warmup.rounds} rounds, {result.warmup.elapsed_s:.2f} s, until times stood still"
+
+
+def _sensor_notes(result: BenchResult) -> Iterator[str]:
+    for energy in {one.energy.rail: one.energy for one in result.runners if one.energy is not None}.values():
+        yield f"energy: {energy.source}, rail {energy.rail}, by {energy.method}; each graph alone, back to back"
+    telemetry = result.telemetry
+    if telemetry is None or not telemetry.channels:
+        return
+    hottest = max((c.high for c in telemetry.of("temperature") if c.high is not None), default=None)
+    heat = "" if hottest is None else f", hottest sensor {hottest:.1f} °C"
+    yield f"telemetry: {len(telemetry.channels)} channels, {telemetry.hz:.1f} readings per second{heat}"
+
+
+def _scenario_text(result: BenchResult) -> str:
+    return "" if result.scenario is None else result.scenario.text
+
+
+def _sample(result: BenchResult) -> str:
+    """Return what a sample of the table is."""
+    scenario = result.scenario
+    if scenario is not None and scenario.kind == "multi-stream":
+        return f"query of {scenario.samples_per_query}, batch {result.batch}"
+    return f"batch {result.batch}"
+
+
+def _sweep_name(name: str, keep_rates: list[float]) -> str:
+    """Return a runner's name with the keep rate of a bundle that holds a single one."""
+    return f"pruned at {keep_rates[0]:g}" if name == "pruned" and keep_rates else name
+
+
+def _milli(value: float | None) -> float | None:
+    return None if value is None else 1000 * value
+
+
+def _joules(runner: RunnerResult) -> float | None:
+    return None if runner.energy is None else 1000 * runner.energy.joules_per_image
 
 
 def _efficiency_notes(result: BenchResult) -> Iterator[str]:

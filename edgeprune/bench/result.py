@@ -15,6 +15,7 @@ from edgeprune.bench.callers import CallersResult
 from edgeprune.bench.energy import EnergyResult
 from edgeprune.bench.images import NOISE
 from edgeprune.bench.layers import LayersResult
+from edgeprune.bench.measure import WarmupResult
 from edgeprune.bench.scenarios import ScenarioResult
 from edgeprune.bench.stats import Percentile, Ratio
 from edgeprune.bench.telemetry import TelemetryResult
@@ -61,27 +62,6 @@ class RunnerResult:
     enqueue_ms: list[float] | None = None
     at_s: list[float] | None = None
     energy: EnergyResult | None = None
-
-
-@dataclass(frozen=True)
-class WarmupResult:
-    """What was run before measuring.
-
-    Attributes:
-        rounds: as `warmup_rounds` of the whole result.
-        elapsed_s: seconds it took.
-        stable: it ended because times stood still, not because its time was up.
-        window: rounds of a window; it ends when two windows in a row agree.
-        tolerance: largest change of any graph's median between two windows.
-        changes: that largest change at every window but the first, as a share.
-    """
-
-    rounds: int
-    elapsed_s: float
-    stable: bool
-    window: int
-    tolerance: float
-    changes: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -228,18 +208,16 @@ class BenchResult:
 
 @dataclass(frozen=True)
 class SweepCase:
-    """One case of a sweep.
+    """One bench of a sweep: a bundle at one batch.
 
     Attributes:
         bundle: the bundle's directory name, without its path.
-        keep_rate: of the pruned graph; None for a bundle without one.
-        runner: its name in the result.
+        keep_rates: of the pruned graphs in the result, in the order of its runners.
     """
 
     bundle: str
-    keep_rate: float | None
     batch: int
-    runner: str
+    keep_rates: list[float]
     result: BenchResult
 
 
@@ -248,7 +226,7 @@ class SweepResult:
     """Benches over keep rates and batches, one after the other.
 
     Attributes:
-        keep_rates, batches: as asked, or as found.
+        keep_rates: asked for; empty when all were taken that the bundles hold.
     """
 
     schema: str
@@ -264,7 +242,12 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """What was asked for; `clock` is the one ratios are made of, the others are as in the result."""
+    """What was asked for; `clock` is the one ratios are made of, the others are as in the result.
+
+    Attributes:
+        images_per_sample: of a sample, or of the mean run of one; None for the batch.
+        on_device: a GPU does the work.
+    """
 
     batch: int
     threads: int
@@ -274,6 +257,8 @@ class BenchSetting:
     data: str = NOISE
     images: int = 1
     runs_per_sample: int = 1
+    images_per_sample: int | None = None
+    on_device: bool = False
 
 
 @dataclass(frozen=True)
@@ -282,6 +267,7 @@ class Extras:
 
     Attributes:
         mean_macs: pruned runner -> multiply-accumulates of an image, where the image decides.
+        energy: by runner.
     """
 
     adaptive: AdaptiveResult | None = None
@@ -289,6 +275,10 @@ class Extras:
     switch_us: float | None = None
     memory: Sequence[MemoryResult] = ()
     callers: CallersResult | None = None
+    scenario: ScenarioResult | None = None
+    telemetry: TelemetryResult | None = None
+    energy: Mapping[str, EnergyResult] = field(default_factory=dict)
+    layers: Sequence[LayersResult] = ()
 
 
 def read_results(path: Path | str) -> list[BenchResult]:

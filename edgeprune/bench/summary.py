@@ -22,6 +22,7 @@ from edgeprune.bench.result import (
     RunnerResult,
 )
 from edgeprune.bench.stats import Ratio
+from edgeprune.bench.telemetry import telemetry_reasons
 from edgeprune.runtime.manifest import DensityInfo, Macs, Manifest
 
 _CLOCK_TEXTS: dict[RatioClock, str] = {"wall": "wall time", "cpu": "processor time"}
@@ -88,7 +89,7 @@ def summarise(
         warmup_rounds=measurement.warmup_rounds,
         elapsed_s=measurement.elapsed_s,
         runners=[
-            _runner(name, samples, measurement, setting, ratio("dense", name) if name != "dense" else None)
+            _runner(name, samples, measurement, setting, ratio("dense", name) if name != "dense" else None, extras)
             for name, samples in measurement.samples.items()
         ],
         speedup=speedup,
@@ -98,7 +99,7 @@ def summarise(
         efficiency_nominal=nominal,
         efficiency_own=own,
         selection_overhead=rest.complement() if rest else None,
-        unstable=_unstable(measurement, machine),
+        unstable=_unstable(measurement, machine, setting, extras),
         warnings=[*manifest.warnings, *(warnings or [])],
         machine=machine,
         fingerprint=dict(fingerprint),
@@ -110,6 +111,10 @@ def summarise(
         switch_us=extras.switch_us,
         memory=list(extras.memory),
         callers=extras.callers,
+        scenario=extras.scenario,
+        warmup=measurement.warmup,
+        telemetry=extras.telemetry,
+        layers=list(extras.layers),
     )
 
 
@@ -119,24 +124,40 @@ def _blocks(samples: Samples, clock: RatioClock, measurement: Measurement) -> ND
 
 
 def _runner(
-    name: str, samples: Samples, measurement: Measurement, setting: BenchSetting, speedup: Ratio | None
+    name: str,
+    samples: Samples,
+    measurement: Measurement,
+    setting: BenchSetting,
+    speedup: Ratio | None,
+    extras: Extras,
 ) -> RunnerResult:
-    median_wall = stats.median(samples.wall_ms)
+    gpu_ms, enqueue_ms = (
+        times if times and len(times) == len(samples.wall_ms) else None
+        for times in (samples.gpu_ms, samples.enqueue_ms)
+    )
+    sustained = extras.scenario is not None and extras.scenario.kind == "sustained"
+    images = setting.images_per_sample or setting.batch
     return RunnerResult(
         name=name,
         label=LABELS.get(name.partition(" at ")[0], name),
         n=len(samples.wall_ms),
-        median_wall_ms=median_wall,
+        median_wall_ms=stats.median(samples.wall_ms),
         median_cpu_ms=stats.median(samples.cpu_ms),
         percentiles={f"p{q}": stats.percentile(samples.wall_ms, q) for q in stats.PERCENTILE_MIN_SAMPLES},
         max_wall_ms=max(samples.wall_ms),
         outliers=stats.count_outliers(samples.wall_ms),
         cv_wall=stats.coefficient_of_variation(_blocks(samples, "wall", measurement)),
         cv_cpu=stats.coefficient_of_variation(_blocks(samples, "cpu", measurement)),
-        images_per_s=setting.batch * 1000 / median_wall,
+        images_per_s=images * 1000 / stats.median(samples.run_ms or samples.wall_ms),
         speedup=speedup,
         wall_ms=samples.wall_ms,
         cpu_ms=samples.cpu_ms,
+        median_gpu_ms=None if gpu_ms is None else stats.median(gpu_ms),
+        median_enqueue_ms=None if enqueue_ms is None else stats.median(enqueue_ms),
+        gpu_ms=gpu_ms,
+        enqueue_ms=enqueue_ms,
+        at_s=[at - measurement.started_s for at in samples.at_s] if sustained else None,
+        energy=extras.energy.get(name),
     )
 
 
@@ -203,15 +224,18 @@ def bundle_fields(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _unstable(measurement: Measurement, machine: MachineResult) -> list[str]:
+def _unstable(measurement: Measurement, machine: MachineResult, setting: BenchSetting, extras: Extras) -> list[str]:
     reasons = []
     if not measurement.warm:
         reasons.append("times still moved when the warm-up ended")
     for name, samples in measurement.samples.items():
         for clock, text in _CLOCK_TEXTS.items():
             reasons += stats.unstable_reasons(_blocks(samples, clock, measurement), what=f"{text} of {name}")
+    telemetry = extras.telemetry
+    told = [] if telemetry is None else telemetry_reasons(telemetry, on_device=setting.on_device)
     return [
         *reasons,
         *stats.machine_reasons(machine.other_cores, machine.steal),
-        *stats.clock_reasons(machine.mhz),
+        *(stats.clock_reasons(machine.mhz) if not any("clock" in reason for reason in told) else []),
+        *told,
     ]

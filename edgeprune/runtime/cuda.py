@@ -194,6 +194,10 @@ class Cuda:
                 event.synchronize()
                 return
 
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        """Return the milliseconds between two events with timing that are both done."""
+        return float(start.time_till(end))
+
     def device_buffer(self, nbytes: int) -> Buffer:
         """Return memory of the device, at least one byte, aligned to 256.
 

@@ -43,18 +43,9 @@ class DeviceReader:
     def __init__(
         self, root: Path = Path("/sys"), *, interval_s: float = 1.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        thermal = root / "class/thermal"
-        self._zones = [
-            (zone / "temp", _limit(zone))
-            for zone in sorted(thermal.glob("thermal_zone*"))
-            if _CONSTANT not in _read(zone / "type").lower()
-        ]
-        self._throttles = [
-            device / "cur_state"
-            for device in sorted(thermal.glob("cooling_device*"))
-            if _slows_processors(_read(device / "type").lower())
-        ]
-        self._counters = sorted((root / "devices/system/cpu").glob("cpu*/thermal_throttle/*_throttle_count"))
+        self._zones = [(zone / "temp", _limit(zone)) for zone in find_zones(root)]
+        self._throttles = find_throttles(root)
+        self._counters = find_throttle_counters(root)
         self._counts = self._read_counts()
         self._interval_s, self._clock = interval_s, clock
         self._kept: tuple[float, DeviceState] | None = None
@@ -71,7 +62,7 @@ class DeviceReader:
 
     def _read_zones(self) -> tuple[float | None, float | None]:
         """Return (temperature, limit) of the zone nearest to its limit, or of the hottest."""
-        read = [(_celsius(temp, _PLAUSIBLE_C), limit) for temp, limit in self._zones]
+        read = [(read_celsius(temp), limit) for temp, limit in self._zones]
         found = [(degrees, limit) for degrees, limit in read if degrees is not None]
         limited = [(degrees - limit, degrees, limit) for degrees, limit in found if limit is not None]
         if limited:
@@ -79,7 +70,7 @@ class DeviceReader:
         return max((degrees for degrees, _ in found), default=None), None
 
     def _read_throttled(self) -> bool | None:
-        states = [state for path in self._throttles if (state := _integer(path)) is not None]
+        states = [state for path in self._throttles if (state := read_integer(path)) is not None]
         counts, before = self._read_counts(), self._counts
         self._counts = counts
         if not states and not counts:
@@ -87,13 +78,30 @@ class DeviceReader:
         return any(state > 0 for state in states) or any(n > before.get(path, n) for path, n in counts.items())
 
     def _read_counts(self) -> dict[Path, int]:
-        return {path: count for path in self._counters if (count := _integer(path)) is not None}
+        return {path: count for path in self._counters if (count := read_integer(path)) is not None}
+
+
+def find_zones(root: Path) -> list[Path]:
+    """Return the folders of all thermal zones that measure something; `type` names one, `temp` is its reading."""
+    zones = sorted((root / "class/thermal").glob("thermal_zone*"))
+    return [zone for zone in zones if _CONSTANT not in read_text(zone / "type").lower()]
+
+
+def find_throttles(root: Path) -> list[Path]:
+    """Return the files that are above 0 while a processor or GPU is slowed down; `type` beside one names it."""
+    devices = sorted((root / "class/thermal").glob("cooling_device*"))
+    return [device / "cur_state" for device in devices if _slows_processors(read_text(device / "type").lower())]
+
+
+def find_throttle_counters(root: Path) -> list[Path]:
+    """Return the files in which the cores of an x86 count how often heat slowed them down."""
+    return sorted((root / "devices/system/cpu").glob("cpu*/thermal_throttle/*_throttle_count"))
 
 
 def _limit(zone: Path) -> float | None:
     """Return a zone's lowest plausible limit in degrees Celsius."""
-    kinds = [path for path in zone.glob("trip_point_*_type") if _read(path) in _LIMITS]
-    temps = [_celsius(path.with_name(path.name.replace("_type", "_temp")), _PLAUSIBLE_LIMIT_C) for path in kinds]
+    kinds = [path for path in zone.glob("trip_point_*_type") if read_text(path) in _LIMITS]
+    temps = [read_celsius(path.with_name(path.name.replace("_type", "_temp")), _PLAUSIBLE_LIMIT_C) for path in kinds]
     return min((degrees for degrees in temps if degrees is not None), default=None)
 
 
@@ -101,20 +109,22 @@ def _slows_processors(kind: str) -> bool:
     return "fan" not in kind and any(word in kind for word in _THROTTLES)
 
 
-def _celsius(path: Path, plausible: tuple[float, float]) -> float | None:
+def read_celsius(path: Path, plausible: tuple[float, float] = _PLAUSIBLE_C) -> float | None:
     """Return a file of millidegrees in degrees, None outside of what is plausible."""
-    milli = _integer(path)
+    milli = read_integer(path)
     return milli / 1000 if milli is not None and plausible[0] <= milli / 1000 <= plausible[1] else None
 
 
-def _integer(path: Path) -> int | None:
+def read_integer(path: Path) -> int | None:
+    """Return the number in a file, None where there is none."""
     try:
-        return int(_read(path))
+        return int(read_text(path))
     except ValueError:
         return None
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return what a file says, without the line's end; "" where it cannot be read."""
     try:
         return path.read_text(encoding="ascii", errors="replace").strip()
     except OSError:

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from edgeprune.runtime.engine_rows import EngineRows, Lease, Piece, join_rows, s
 from edgeprune.runtime.engines import ProfileInfo
 from edgeprune.runtime.manifest import GraphInfo, TensorInfo
 from edgeprune.runtime.router import COUNT, IMAGES, SLOTS
+from edgeprune.runtime.timing import DeviceTimer
 
 if TYPE_CHECKING:
     from edgeprune.runtime.trt import Gpu
@@ -167,6 +169,7 @@ class EngineBackend:
 
     Attributes:
         inputs, outputs: as the engine has them; a batch of -1 takes any.
+        timer: told what every run takes on the device, copies included, when there is one.
 
     Raises:
         EnvironmentLackError: `gpu-out-of-memory`, `engine-run-failed`.
@@ -191,6 +194,8 @@ class EngineBackend:
         self._host, self._sets = _HostSide(), list[_Outputs]()
         self._own = {port.name: self._buffer(port) for port in self._in}
         self._done = gpu.cuda.event()
+        self.timer: DeviceTimer | None = None
+        self._marks: tuple[Any, Any] | None = None
         self._prepare(frozenset(kept))
 
     def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
@@ -249,12 +254,22 @@ class EngineBackend:
     def _launch(self, profile: EngineProfile, key: _Key) -> None:
         """Run what a key says, and wait for it; the second time as a CUDA graph."""
         graph = profile.graphs.get(key)
+        cuda, stream, timed = self._gpu.cuda, self._gpu.stream, self.timer is not None
+        if timed and self._marks is None:
+            self._marks = (cuda.event(timing=True), cuda.event(timing=True))
+        begin, end = self._marks if timed and self._marks is not None else (None, self._done)
+        start_s = perf_counter()
+        if begin is not None:
+            cuda.record(begin, stream)
         if graph is None:
             self._enqueue(profile, key)
         else:
-            graph.launch(self._gpu.stream)
-        self._gpu.cuda.record(self._done, self._gpu.stream)
-        self._gpu.cuda.wait(self._done)
+            graph.launch(stream)
+        cuda.record(end, stream)
+        given_s = perf_counter()
+        cuda.wait(end)
+        if self.timer is not None and begin is not None:
+            self.timer.add(cuda.elapsed_ms(begin, end), 1000 * (given_s - start_s))
         if graph is None and self._gpu.graphs:
             try:
                 profile.graphs[key] = self._gpu.cuda.capture(self._gpu.stream, lambda: self._enqueue(profile, key))

@@ -84,6 +84,10 @@ class Opener:
             self._open[graph] = opened
         return self._open[graph]
 
+    def backends(self) -> dict[str, Backend]:
+        """Return the graphs that are open, by name."""
+        return dict(self._open)
+
     def _open_here(self, graph: str, path: Path, prepack: bool) -> Backend:
         target = self.bundle.manifest.target
         if target not in _OPEN:

@@ -44,6 +44,7 @@ class OrtBackend:
         prepack: rearrange the weights for the processor, which costs another copy of them. Without, graphs that share
             a weight file share its memory too, and run some 10 % slower.
         graph: the graph to run in place of the file's; its weights are those beside the file.
+        profile: start of the name of a file that takes down what every node takes; see `end_profiling`.
 
     Raises:
         InputError: `graph-invalid` when ONNX Runtime refuses the graph.
@@ -59,6 +60,7 @@ class OrtBackend:
         providers: Sequence[str | tuple[str, Mapping[str, str]]] = ("CPUExecutionProvider",),
         prepack: bool = True,
         graph: bytes | None = None,
+        profile: Path | None = None,
     ) -> None:
         ort = import_onnxruntime()
         options = ort.SessionOptions()
@@ -70,6 +72,9 @@ class OrtBackend:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = f"{profile}-{model_path.stem}"
         if graph is not None:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(model_path.parent)
@@ -97,6 +102,10 @@ class OrtBackend:
         except Exception as error:
             raise self._refusal("cannot run", error) from error
         return {info.name: value for info, value in zip(self.outputs, values, strict=True)}
+
+    def end_profiling(self) -> Path:
+        """Return the file with what every node took, a list of events as JSON; to be called once."""
+        return Path(self._session.end_profiling())
 
     def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Return some parts as one array."""

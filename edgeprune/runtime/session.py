@@ -17,9 +17,11 @@ from edgeprune.runtime.bundle import Bundle, load_bundle
 from edgeprune.runtime.governor import Policy
 from edgeprune.runtime.manifest import Manifest
 from edgeprune.runtime.opener import Opener, OpenGraph
+from edgeprune.runtime.ort import OrtBackend
 from edgeprune.runtime.pace import DensityStep, Pace
 from edgeprune.runtime.prefetch import prepare_ahead
 from edgeprune.runtime.router import BUCKET, IMAGES, KEPT, KEPT_COUNTS, OVERFLOW, Runner, Trace
+from edgeprune.runtime.timing import DeviceTimer
 
 COST_RUNS = 3
 
@@ -111,6 +113,7 @@ class Session:
             raise InputError(f"{threads} threads", code="threads", expected="0 (every core) or more")
         opener = Opener(self.bundle, {"threads": threads, "spinning": spinning}, prepack, open_graph)
         self._runners = opener.runners(graph)
+        self._backends = opener.backends()
         # one attribute for both, so that a run in another thread never sees half a switch
         self._chosen: tuple[float | None, Runner] = next(iter(self._runners.items()))
         self._pace: Pace | None = None
@@ -214,6 +217,21 @@ class Session:
             None if overflow is None else overflow > 0,
             outputs.get(BUCKET),
         )
+
+    def time_device(self, timer: DeviceTimer | None) -> bool:
+        """Let backends tell a timer what runs take on the device; return whether any can.
+
+        Args:
+            timer: None ends it.
+        """
+        able = [backend for backend in self._backends.values() if hasattr(backend, "timer")]
+        for backend in able:
+            backend.timer = timer
+        return bool(able)
+
+    def end_profiling(self) -> dict[str, Path]:
+        """Return by graph the file that a backend opened with `profile` has written; see `OrtBackend`."""
+        return {name: b.end_profiling() for name, b in self._backends.items() if isinstance(b, OrtBackend)}
 
     def warmup(self) -> None:
         """Run everything once on zeros, at the smallest batch, so that the first real run is not the slow one."""

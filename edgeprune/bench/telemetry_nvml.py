@@ -1,0 +1,121 @@
+"""What NVIDIA's management library tells of a GPU, through nvidia-ml-py (extra `telemetry`). Not run on a GPU yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from edgeprune.bench.telemetry import Channel
+
+# bit of the clock event reasons -> what it means; idle and clocks that somebody set are no throttling
+THROTTLES = {
+    0x4: "gpu: software power cap",
+    0x8: "gpu: hardware slowdown",
+    0x20: "gpu: software thermal slowdown",
+    0x40: "gpu: hardware thermal slowdown",
+    0x80: "gpu: hardware power brake",
+}
+
+
+class NvmlSource:
+    """A GPU's temperature, clocks, power, load and throttle bits, as far as it tells them.
+
+    Args:
+        nvml: the module pynvml, initialised.
+        index: of the GPU.
+
+    Attributes:
+        counter: the GPU's own energy counter, None when it has none.
+    """
+
+    def __init__(self, nvml: Any, index: int = 0) -> None:
+        self._nvml, self._device = nvml, nvml.nvmlDeviceGetHandleByIndex(index)
+        device = self._device
+        readers: list[tuple[Channel, Callable[[], float]]] = [
+            (
+                Channel("gpu", "temperature", "C", "nvml"),
+                lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU),
+            ),
+            (
+                Channel("gpu sm", "clock", "MHz", "nvml"),
+                lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM),
+            ),
+            (
+                Channel("memory", "clock", "MHz", "nvml"),
+                lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_MEM),
+            ),
+            (Channel("gpu board", "power", "W", "nvml"), lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1000),
+            (
+                Channel("power limit", "limit", "W", "nvml"),
+                lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000,
+            ),
+            (Channel("gpu", "load", "%", "nvml"), lambda: nvml.nvmlDeviceGetUtilizationRates(device).gpu),
+        ]
+        self._readers = [(channel, reader) for channel, reader in readers if self._try(reader) is not None]
+        self._bits = THROTTLES if self._try(self._reasons) is not None else {}
+        self.channels = [
+            *(channel for channel, _ in self._readers),
+            *(Channel(text, "throttle", "", "nvml") for text in self._bits.values()),
+        ]
+        self.counter = NvmlCounter(self) if self.joules() is not None else None
+
+    def read(self) -> list[float | None]:
+        """Return a value per channel now."""
+        values = [self._try(reader) for _, reader in self._readers]
+        reasons = self._try(self._reasons) if self._bits else None
+        return [*values, *(None if reasons is None else float(bool(int(reasons) & bit)) for bit in self._bits)]
+
+    def joules(self) -> float | None:
+        """Return the energy since the driver was loaded, None when the GPU does not count it."""
+        return self._try(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device) / 1000)
+
+    def _reasons(self) -> int:
+        """Return the clock event reasons, which older drivers know by another name."""
+        ask = getattr(self._nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
+        return int((ask or self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons)(self._device))
+
+    def _try(self, reader: Callable[[], float]) -> float | None:
+        """Return a reading, None when the GPU does not support it."""
+        try:
+            return float(reader())
+        except self._nvml.NVMLError:
+            return None
+
+
+class NvmlCounter:
+    """The energy counter of a GPU's board."""
+
+    rail, source = "gpu board", "nvml"
+
+    def __init__(self, gpu: NvmlSource) -> None:
+        self._gpu = gpu
+
+    def joules(self) -> float | None:
+        """Return the energy since the driver was loaded."""
+        return self._gpu.joules()
+
+
+def find_nvml(index: int = 0) -> tuple[NvmlSource | None, str | None]:
+    """Return a GPU's source, or why there is none."""
+    try:
+        nvml = import_module("pynvml")
+    except ImportError:
+        return None, "nvml: the package 'nvidia-ml-py' is not installed: pip install 'edgeprune[telemetry]'"
+    try:
+        nvml.nvmlInit()
+        return NvmlSource(nvml, index), None
+    except nvml.NVMLError as error:
+        return None, f"nvml: {error}"
+
+
+def other_processes(own: int, index: int = 0) -> int | None:
+    """Return how many other processes compute on a GPU, None when the driver does not tell."""
+    source, _ = find_nvml(index)
+    if source is None:
+        return None
+    nvml, device = source._nvml, source._device
+    try:
+        return sum(process.pid != own for process in nvml.nvmlDeviceGetComputeRunningProcesses(device))
+    except nvml.NVMLError:
+        return None
