@@ -10,7 +10,8 @@ from typing import Any
 
 from edgeprune.bench.html.inputs import Accuracies, GraphAccuracy, ReportInput
 from edgeprune.bench.images import NOISE
-from edgeprune.bench.report import Rows, format_ratio
+from edgeprune.bench.layers import PARTS
+from edgeprune.bench.report import Rows, format_ratio, layers_table
 from edgeprune.bench.result import BenchResult, RunnerResult
 from edgeprune.bench.stats import Ratio
 
@@ -205,38 +206,16 @@ def wilson(accuracy: GraphAccuracy) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def energy_rows(result: BenchResult) -> Rows:
-    """Return a row per graph whose energy was measured."""
-    return [
-        {
-            "graph": runner.name,
-            "energy (J/image)": f"{e.joules_per_image:.4f}",
-            "without idle (J/image)": "n/a" if e.net_joules_per_image is None else f"{e.net_joules_per_image:.4f}",
-            "mean power (W)": f"{e.mean_w:.2f}",
-            "idle power (W)": "n/a" if e.idle_w is None else f"{e.idle_w:.2f}",
-            "n (images)": str(e.images),
-            "readings": str(e.readings),
-            "rail": e.rail,
-            "method": f"{e.method}, {e.source}",
-        }
-        for runner in result.runners
-        if (e := runner.energy) is not None
-    ]
-
-
 def part_rows(result: BenchResult) -> Rows:
-    """Return a row per part of the network with what each graph spends there."""
-    parts = list(dict.fromkeys(p.part for layers in result.layers for p in layers.parts))
-    rows = []
-    for part in parts:
-        row = {"part": part}
-        for layers in result.layers:
-            found = next((p for p in layers.parts if p.part == part), None)
-            value = "-" if found is None or found.ms is None else f"{found.ms:.3f}"
-            share = "" if found is None or found.share is None else f" ({100 * found.share:.1f} %)"
-            row[f"{layers.runner} (ms)"] = f"{value}{share}"
-        rows.append(row)
-    return rows
+    """Return the table of the layers with a row per part of the network and a column per graph."""
+    told = layers_table(result.layers)
+    cells = {(row["part"], row["graph"]): f"{row['ms']} ({row['share (%)']} %)" for row in told}
+    graphs = list(dict.fromkeys(row["graph"] for row in told))
+    return [
+        {"part": part, **{f"{graph} (ms)": cells.get((part, graph), "-") for graph in graphs}}
+        for part in PARTS
+        if any((part, graph) in cells for graph in graphs)
+    ]
 
 
 def fingerprint_rows(results: Sequence[BenchResult], names: Sequence[str]) -> list[tuple[str, list[str], bool]]:
@@ -314,6 +293,7 @@ def reproduce(result: BenchResult, *, overlays: bool, accuracies: Accuracies | N
     bench += ["--against", ",".join(baselines)] if baselines else []
     bench += ["--data", result.data] if result.data != NOISE else []
     bench += ["--images", str(result.images)] if result.adaptive is not None else []
+    bench += ["--layers"] if result.layers else []
     bench += ["--callers", str(result.callers.many.callers)] if result.callers is not None else []
     if result.scenario is not None and result.scenario.kind != "single-stream":
         bench += ["--scenario", result.scenario.text]

@@ -14,7 +14,7 @@ from edgeprune.bench.html import charts, facts
 from edgeprune.bench.html.charts import Bar, Point, SpeedRow, kind_of
 from edgeprune.bench.html.inputs import ReportInput
 from edgeprune.bench.html.overlays import Keep, Overlays
-from edgeprune.bench.report import Rows, report_notes, report_tables
+from edgeprune.bench.report import Rows, energy_table, layers_table, report_notes, report_tables
 from edgeprune.bench.result import BenchResult
 from edgeprune.errors import InternalError, missing_package
 from edgeprune.version import __version__
@@ -132,7 +132,10 @@ def _sections(report: ReportInput, names: Sequence[str]) -> Iterator[Section]:
 def _tables(report: ReportInput, names: Sequence[str]) -> Section:
     section = Section("table", "Dense against pruned")
     for result, name in zip(report.results, names, strict=True):
+        elsewhere = [energy_table(result.runners), layers_table(result.layers)]  # in sections of their own
         for title, rows in report_tables(result):
+            if rows in elsewhere:
+                continue
             section.blocks.append(Table(_titled(name, title or f"{facts.title_of(result)}"), rows))
         accuracies = report.accuracies_of(result)
         if accuracies is not None and (rows := facts.accuracy_rows(result, accuracies)):
@@ -301,19 +304,19 @@ def _layers(report: ReportInput, names: Sequence[str]) -> Section:
 def _energy(report: ReportInput, names: Sequence[str]) -> Section:
     section = Section("energy", "Energy")
     for i, (result, name) in enumerate(zip(report.results, names, strict=True)):
-        rows = [
-            Bar("", r.name, kind_of(r.name), r.energy.joules_per_image, f"{r.energy.joules_per_image:.4f} J")
-            for r in result.runners
-            if r.energy is not None
-        ]
-        if not rows:
+        told = energy_table(result.runners)
+        found = [(r, r.energy) for r in result.runners if r.energy is not None]
+        if not found:
             continue
-        caption = _titled(
-            name, "Energy of one image on the rail named below, what the machine takes when idle included."
-        )
-        draw = partial(charts.bars, rows, title="Energy per image", unit="J")
+        rows = [
+            Bar("", r.name, kind_of(r.name), energy.joules_per_image, f"{row['energy (mJ/image)']} mJ")
+            for (r, energy), row in zip(found, told, strict=True)
+        ]
+        how = "; ".join(dict.fromkeys(f"{e.source}, rail {e.rail}, by {e.method}" for _, e in found))
+        caption = _titled(name, f"Energy of one image, what the machine takes when idle included ({how}).")
+        draw = partial(charts.bars, rows, title="Energy per image", unit="mJ")
         section.blocks.append(_both(f"energy{i}", caption, draw))
-        section.blocks.append(Table(_titled(name, "energy"), facts.energy_rows(result)))
+        section.blocks.append(Table(_titled(name, "energy of an image"), told))
     if not section.blocks:
         lacking = dict.fromkeys(x for r in report.results if r.telemetry is not None for x in r.telemetry.lacking)
         why = f": {'; '.join(lacking)}" if lacking else "; the machine told no power, or was not asked"

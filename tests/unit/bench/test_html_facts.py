@@ -106,13 +106,6 @@ def test_accuracy_rows_have_n_and_interval() -> None:
     assert rows[1]["n (images)"] == "500"
 
 
-def test_energy_rows_name_rail_and_method() -> None:
-    rows = facts.energy_rows(full(trained()))
-    assert rows[0]["energy (J/image)"] == "0.5000"
-    assert (rows[0]["rail"], rows[0]["method"]) == ("package-0", "counter, rapl")
-    assert facts.energy_rows(trained()) == []
-
-
 def test_part_rows_have_a_column_per_graph() -> None:
     assert facts.part_rows(full(trained()))[0] == {
         "part": "attention",
@@ -161,6 +154,7 @@ def test_names_are_letters_only_where_there_are_several() -> None:
         ({}, ["--checkpoint a.safetensors", "--keep-rate 0.7", "--against dense,random"]),
         ({"weights": {"source": "random", "seed": 3}}, ["--random-weights --seed 3"]),
         ({"quick": True}, ["--quick"]),
+        ({"scenario": ScenarioResult("fixed-fps", "fixed-fps:30", "p90", 1, 30.0)}, ["--scenario fixed-fps:30"]),
         ({"batch": 8}, ["--batch 8"]),
         ({"method": {"name": "evit", "keep_rate": 0.5, "options": {"fuse": False}}}, ["--method-option fuse=false"]),
     ],

@@ -68,7 +68,7 @@ def test_output_of_bench_with_json_will_do(tmp_path: Path) -> None:
 
 
 def test_sweep_gives_all_of_its_results(tmp_path: Path) -> None:
-    case = {"bundle": "b", "keep_rate": 0.7, "batch": 1, "runner": "pruned", "result": trained().to_dict()}
+    case = {"bundle": "b", "keep_rates": [0.7], "batch": 1, "result": trained().to_dict()}
     sweep = {
         "schema": "edgeprune-bench-sweep/1",
         "created": "2026-01-01T00:00:00+00:00",

@@ -11,6 +11,7 @@ import pytest
 
 from edgeprune.bench.html import ReportInput, page, render
 from edgeprune.bench.report import report_notes, report_tables
+from edgeprune.bench.result import BenchResult
 from edgeprune.errors import EnvironmentLackError
 from tests.helpers.bench import summary
 from tests.helpers.reports import accuracies, full, overlays, report, times, trained
@@ -48,12 +49,15 @@ class Reader(HTMLParser):
             self.cells[-1] += data.strip()
 
 
-def test_tables_hold_what_the_terminal_shows() -> None:
-    result = trained()
+@pytest.mark.parametrize("result", [trained(), full(trained())], ids=["times", "layers-and-energy"])
+def test_tables_hold_what_the_terminal_shows(result: BenchResult) -> None:
     read = Reader(render(report(result)))
-    for _, rows in report_tables(result):
+    for title, rows in report_tables(result):
         for row in rows:
-            assert all((cell or "–") in read.cells for cell in (*row, *row.values()))
+            if title == "where the time goes":  # a column for each graph there
+                assert f"{row['ms']} ({row['share (%)']} %)" in read.cells
+            else:
+                assert all((cell or "–") in read.cells for cell in (*row, *row.values()))
     for note in report_notes(result):
         assert note in read.texts
 
@@ -70,6 +74,15 @@ def test_what_was_not_measured_is_said() -> None:
     for sentence in ("No accuracy was given.", "No energy was measured", "hold no times of single layers"):
         assert sentence in text
     assert '<section id="kept"' not in text
+
+
+def test_energy_names_rail_and_method_and_layers_stand_once() -> None:
+    text = render(report(full(trained())))
+    assert "(rapl, rail package-0, by counter)" in text
+    assert "500.00 mJ" in text
+    assert text.count("onnxruntime profiler") == 1
+    assert text.count("by part of the network</caption>") == 1
+    assert "█" not in text
 
 
 def test_random_weights_are_said_and_draw_no_accuracy() -> None:
