@@ -36,6 +36,8 @@ _RULES = (
     ("embed", r"^/?(patch_embed|pos_embed|cls_token|prefix|conv_stem|norm_pre)"),
     ("mlp", r"(^|[./])(mlp|ffn)([./]|$)"),
     ("attention", r"(^|[./])(attn|attention)([./]|$)"),
+    ("attention", r"^blocks\.\d+\.(tokens|rows|first_rows)"),  # the rows it takes
+    ("embed", r"^rows$"),
     ("norm", r"(^|[./])(norm\w*|layer_?norm\w*)([./]|$)"),
     ("norm", r"LayerNormalization"),
 )

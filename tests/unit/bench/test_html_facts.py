@@ -10,6 +10,7 @@ import pytest
 from edgeprune.bench.html import GraphAccuracy, ReportInput, facts
 from edgeprune.bench.report import format_ratio
 from edgeprune.bench.result import BenchResult, MachineResult
+from edgeprune.bench.scenarios import ScenarioResult
 from edgeprune.bench.stats import Ratio
 from edgeprune.cli.app import cli
 from edgeprune.cli.ui import Ui
@@ -154,13 +155,21 @@ def test_names_are_letters_only_where_there_are_several() -> None:
         ({}, ["--checkpoint a.safetensors", "--keep-rate 0.7", "--against dense,random"]),
         ({"weights": {"source": "random", "seed": 3}}, ["--random-weights --seed 3"]),
         ({"quick": True}, ["--quick"]),
-        ({"scenario": ScenarioResult("fixed-fps", "fixed-fps:30", "p90", 1, 30.0)}, ["--scenario fixed-fps:30"]),
         ({"batch": 8}, ["--batch 8"]),
         ({"method": {"name": "evit", "keep_rate": 0.5, "options": {"fuse": False}}}, ["--method-option fuse=false"]),
     ],
 )
 def test_reproduce_lines_are_understood_by_the_command_line(fields: dict[str, Any], expected: list[str]) -> None:
-    result = trained(**fields)
+    check_commands(trained(**fields), expected)
+
+
+def test_reproduce_lines_name_the_scenario_and_the_layers() -> None:
+    scenario = ScenarioResult("fixed-fps", "fixed-fps:30", "p90", 1, 30.0)
+    check_commands(replace(full(trained()), scenario=scenario), ["--scenario fixed-fps:30", "--layers"])
+
+
+def check_commands(result: BenchResult, expected: list[str]) -> None:
+    """Parse the lines by the real command line and look for words in them."""
     lines = facts.reproduce(result, overlays=True, accuracies=accuracies(result))
     told = " ".join(" ".join(lines).replace("\\\n", " ").split())
     assert all(words in told for words in expected)
