@@ -73,7 +73,7 @@ def summarise(
     return BenchResult(
         schema=SCHEMA,
         created=created,
-        bundle=_bundle_fields(manifest),
+        bundle=bundle_fields(manifest),
         random_weights=manifest.weights.source == "random",
         batch=setting.batch,
         threads=setting.threads,
@@ -208,7 +208,7 @@ def _macs(manifest: Manifest, macs: Macs | None, mean: float | None) -> MacsResu
     )
 
 
-def _bundle_fields(manifest: Manifest) -> dict[str, Any]:
+def bundle_fields(manifest: Manifest) -> dict[str, Any]:
     """Return what identifies the bundle in a report."""
     return {
         "model": manifest.model.name,

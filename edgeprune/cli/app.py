@@ -31,6 +31,7 @@ VERBS = {
     "run": "Classify images with a bundle.",
     "verify": "Compare a bundle with PyTorch on fresh inputs.",
     "bench": "Measure pruned against dense, interleaved.",
+    "report": "Write results as one HTML file.",
     "inspect": "Show what a bundle holds.",
     "evaluate": "Accuracy of a bundle on labelled images.",
     "finetune": "Train a method's weights.",

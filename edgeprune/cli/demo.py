@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier demo left at --output.")
 def command(ui: Ui, output: Path, checkpoint: Path | None, overwrite: bool) -> dict[str, Any]:
     """Run every step and print one table."""
-    from edgeprune.cli.demo_steps import check_output, draw_overlays, find_checkpoint, run_steps
+    from edgeprune.cli.demo_steps import check_output, draw_overlays, find_checkpoint, run_steps, write_report
 
     check_output(output, overwrite)
     source = find_checkpoint(checkpoint)
@@ -37,11 +37,14 @@ def command(ui: Ui, output: Path, checkpoint: Path | None, overwrite: bool) -> d
         demo = run_steps(ui, source, output, report)
         report("drawing what was kept", 0.95)
         overlays = draw_overlays(ui, demo.bundle, output)
+        page = write_report(ui, demo, output)
     results = {"checkpoint": source.name, "overlays": [str(path) for path in overlays], **plain(vars(demo))}
-    results["bundle"] = str(demo.bundle.path)
+    results |= {"bundle": str(demo.bundle.path), "report": None if page is None else str(page)}
     write_text(ui, output / "results.json", json.dumps(results, indent=1) + "\n")
     show(ui, demo)
     ui.note(f"bundle: {demo.bundle.path}   images with dropped patches dimmed: {output / 'overlays'}")
+    if page is not None:
+        ui.note(f"report: {page}")
     ui.note(f"next: edgeprune inspect {demo.bundle.path}")
     return results
 

@@ -12,7 +12,7 @@ from edgeprune.cli.common import write_text
 from edgeprune.cli.envelope import plain
 from edgeprune.cli.run import write_overlays
 from edgeprune.cli.ui import Report, Ui
-from edgeprune.errors import InputError
+from edgeprune.errors import EnvironmentLackError, InputError
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.manifest import ParityInfo
 
@@ -142,3 +142,33 @@ def draw_overlays(ui: Ui, bundle: Bundle, output: Path) -> list[Path]:
         Image.fromarray(pixels).save(file)
     kept = [(p.path, p.kept) for p in Session(bundle, check_hashes=False).classify(files)]
     return write_overlays(ui, bundle.manifest, kept, output / "overlays")
+
+
+def write_report(ui: Ui, demo: Demo, output: Path) -> Path | None:
+    """Write the report of everything the demo found and return its path; None, with a note, without jinja2."""
+    from edgeprune.bench.html import Accuracies, GraphAccuracy, ReportInput, draw_overlays, render
+
+    graphs = {
+        name: GraphAccuracy(found.top1, found.top5, found.images)
+        for name, found in (("dense", demo.dense or demo.unpruned), ("model", demo.pruned))
+    }
+    note = (
+        "accuracy: dense is the same weights without pruning"
+        if demo.dense is None
+        else "accuracy: dense has a checkpoint of its own"
+    )
+    accuracies = Accuracies("bundle", None, "digits", None, graphs, note)
+    report = ReportInput([demo.bench], [accuracies], [demo.bundle])
+    path = output / "report.html"
+    try:
+        overlays = [draw_overlays(demo.bundle, data="digits", count=OVERLAYS)] if tells_tokens(demo.bundle) else []
+        write_text(ui, path, render(report, overlays))
+    except EnvironmentLackError as error:
+        ui.note(f"no report: {error.message}")
+        return None
+    return path
+
+
+def tells_tokens(bundle: Bundle) -> bool:
+    """Tell whether the pruned graph says what it keeps; a dense one has nothing to say."""
+    return bool(bundle.manifest.method.stages)

@@ -25,6 +25,7 @@ def command(
     ui: Ui, bundle: Path, data: str, graph: tuple[str, ...], density: float | None, limit: int | None
 ) -> dict[str, Any]:
     """Print the accuracies; of an adaptive method also what its images kept and cost on average."""
+    from edgeprune.bench.summary import bundle_fields
     from edgeprune.checks.accuracy import evaluate
     from edgeprune.checks.parity import macs_by_counts, open_for_checks
     from edgeprune.data import open_dataset
@@ -56,7 +57,13 @@ def command(
         ui.note("random weights: these accuracies mean nothing")
     if emulated is not None:
         ui.note(emulation_words(emulated))
-    return {"bundle": str(bundle), "data": data, "emulated": emulated, "graphs": found}
+    return {
+        "bundle": str(bundle),
+        "identity": bundle_fields(loaded.manifest),
+        "data": data,
+        "emulated": emulated,
+        "graphs": found,
+    }
 
 
 def choose_runs(bundle: Bundle, graphs: tuple[str, ...], density: float | None) -> list[tuple[str, str, float | None]]:

@@ -56,6 +56,7 @@ def test_demo_prints_one_table_and_writes_its_files(cli: Cli, checkpoint: Path, 
         "dense",
         "images",
         "overlays",
+        "report.html",
         "results.json",
     ]
     overlays = sorted((out / "overlays").iterdir())
@@ -63,6 +64,8 @@ def test_demo_prints_one_table_and_writes_its_files(cli: Cli, checkpoint: Path, 
     assert Image.open(overlays[0]).size == (256, 256)
     results = json.loads((out / "results.json").read_text())
     assert results["pruned"]["images"] == results["dense"]["images"] == 40
+    assert results["report"] == str(out / "report.html")
+    assert (out / "report.html").read_text().count("<figure data-picture") == demo_steps.OVERLAYS
     assert results["parity"]["max_rel_error"] < 1e-4
 
 

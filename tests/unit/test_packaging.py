@@ -21,17 +21,18 @@ def tree_files() -> set[str]:
         f"{installed}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, installed in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "templates"
     }
 
 
 def test_packages_in_pyproject_equal_the_tree() -> None:
     listed = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == sorted({str(Path(name).parent).replace("/", ".") for name in tree_files()})
+    modules = {name for name in tree_files() if name.endswith(".py")}
+    assert sorted(listed) == sorted({str(Path(name).parent).replace("/", ".") for name in modules})
 
 
 def test_every_folder_with_modules_is_a_package() -> None:
-    files = tree_files()
+    files = {name for name in tree_files() if name.endswith(".py")}
     assert {f"{Path(name).parent.as_posix()}/__init__.py" for name in files} <= files
 
 
