@@ -130,7 +130,9 @@ class Judge:
                     labels = torch.from_numpy(self.data.labels[at : at + CHUNK])
                     right.append((_checked(out.logits).argmax(1) == labels).numpy())
                     losses.append(torch.nn.functional.cross_entropy(out.logits, labels, reduction="none").numpy())
-                    counts.append(torch.stack(out.counts, 1).numpy() if stages else np.zeros((len(labels), 0), np.int64))
+                    counts.append(
+                        torch.stack(out.counts, 1).numpy() if stages else np.zeros((len(labels), 0), np.int64)
+                    )
             judgement = Judgement(np.concatenate(right), float(np.concatenate(losses).mean()))
             self._known[stages] = judgement, np.concatenate(counts)
         return self._known[stages]

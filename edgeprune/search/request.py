@@ -68,7 +68,9 @@ def parse_latency(text: str) -> float:
             f"--latency-budget {text} is no time",
             code="latency-budget",
             expected="a number above zero with its unit, us, ms or s",
-            hint=f"did you mean {text.strip()}ms?" if number and float(text) > 0 else "for example --latency-budget 8ms",
+            hint=f"did you mean {text.strip()}ms?"
+            if number and float(text) > 0
+            else "for example --latency-budget 8ms",
         )
     return value
 

@@ -357,7 +357,10 @@ class Search:
         if lost > most + 1e-9:
             other = self.fastest_good(found)
             cheaper = "none found loses less" if other is None else f"the fastest that does not takes {other.ms:.3g} ms"
-            return None, f"within {budget:g} ms the best schedule loses {lost:.2f} points, more than {most:g}; {cheaper}"
+            return (
+                None,
+                f"within {budget:g} ms the best schedule loses {lost:.2f} points, more than {most:g}; {cheaper}",
+            )
         return best, None
 
     def row(self, f: Found, dense: Judgement) -> Row:
@@ -454,5 +457,3 @@ def _dense_session(bundle: Any, threads: int) -> Any:
     from edgeprune.bench.runners import open_session
 
     return open_session(bundle, DENSE, threads=threads)
-
-

@@ -362,7 +362,10 @@ def rate_for(rule: CountRule, kept: int, current: int, initial: int) -> float:
     for digits in DIGITS:
         scale = 10**digits
         nearest = (math.ceil if floor else math.floor)(kept / base * scale)
-        for share in (nearest / scale, (nearest + (1 if floor else -1)) / scale):  # the second where rounding is in the way
+        for share in (
+            nearest / scale,
+            (nearest + (1 if floor else -1)) / scale,
+        ):  # the second where rounding is in the way
             if 0 < share <= 1 and (math.floor if floor else math.ceil)(share * base) == kept:
                 return check_keep_rate(share)
     raise InputError(

@@ -22,7 +22,15 @@ Row = NDArray[np.float64]
 SMOOTHNESS = 0.02  # weight of the second differences of the curve, relative to one measured network
 # what a network has besides its blocks
 BASE, STAGES, STAGE_TOKENS, STAGE_PAIRS, LAST_TOKENS, RESTORED, FUSED = range(7)
-EXTRAS = ("base", "stage", "stage by token", "stage by pair of tokens", "last block by token", "restored token", "fused")
+EXTRAS = (
+    "base",
+    "stage",
+    "stage by token",
+    "stage by pair of tokens",
+    "last block by token",
+    "restored token",
+    "fused",
+)
 
 
 @dataclass(frozen=True)
