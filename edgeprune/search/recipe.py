@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgeprune.errors import InputError
 
-SCHEMA = "edgeprune-recipe/1"
+SCHEMA: Literal["edgeprune-recipe/1"] = "edgeprune-recipe/1"
 MOST_BYTES = 1 << 20
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -1,4 +1,4 @@
-"""Which schedules there are: the places a method may prune at, how many tokens may stay there, and what is next to what.
+"""Which schedules there are: the places a method may prune at, how many tokens may stay there, what is next to what.
 
 No torch, no measurement. A candidate is data; only its space knows the stages and the options it stands for.
 """
@@ -53,6 +53,16 @@ class Schedule:
 
 class Space(Protocol):
     """The candidates of a method."""
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The places of the uniform schedules."""
+        ...
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Every block a stage may stand at."""
+        ...
 
     def uniform(self) -> dict[str, Candidate]:
         """Return the method's own schedules, one number each, by what a user calls them."""
@@ -176,9 +186,12 @@ class RateSpace:
         steps = candidate.steps
         for i, (block, kept) in enumerate(steps):
             at = self._level(kept)
-            for change in (sign * step for step in STEPS for sign in (-1, 1)):
-                if 0 <= at + change < len(self.levels):
-                    found.append(self._made((*steps[:i], (block, self.levels[at + change]), *steps[i + 1 :])))
+            changed = (at + sign * step for step in STEPS for sign in (-1, 1))
+            found += [
+                self._made((*steps[:i], (block, self.levels[level]), *steps[i + 1 :]))
+                for level in changed
+                if 0 <= level < len(self.levels)
+            ]
             if not self.weighted:
                 found.append(self._made((*steps[:i], *steps[i + 1 :])))
                 others = [(b, kept) for b in self._free_around(steps, i)]
@@ -278,6 +291,11 @@ class OptionSpace:
     def own(self) -> tuple[int, ...]:
         """The blocks of the method's own schedules."""
         return self.method.blocks(self.config, StageRequest(1.0, self.blocks), self.options)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The same: stages go, but none moves."""
+        return self.own
 
     @cached_property
     def runs(self) -> tuple[tuple[int, ...], ...]:
