@@ -209,9 +209,10 @@ def notes(result: SearchResult) -> list[str]:
         f"others within {100 * off[len(off) // 2]:.1f} % (median), {100 * off[-1]:.1f} % (worst)",
     ]
     if abs(result.drift - 1) > 0.03:
+        how = f"{100 * abs(result.drift - 1):.0f} % {'slower' if result.drift > 1 else 'faster'}"
         found.append(
-            f"the machine was {100 * abs(result.drift - 1):.0f} % {'slower' if result.drift > 1 else 'faster'} when the "
-            "finalists were measured; 'off' has that taken out, by the dense graph"
+            f"the machine was {how} when the finalists were measured; 'off' and the choice have that taken out, by the "
+            "dense graph"
         )
     if request.quick:
         found.append("quick: few networks, schedules and images; do not rely on it")
