@@ -234,7 +234,7 @@ class Search:
         dense_row = Row(DENSE, None, {}, [], [], dense_ms, dense.top1, 0.0, dense_now)
         if self.tested is not None:
             dense_row.test_top1 = self.tested.judge(()).top1
-            for f in (*finalists, *front):
+            for f in (*finalists, *front, *(f for f in again if f.label is not None)):
                 rows[f.candidate].test_top1 = self.tested.judge(space.stages(f.candidate)).top1
         # on the machine as it was when the table was measured, or noise would decide what meets the budget
         real = [replace(f, ms=ms / drift) for f, ms in zip(finalists, measured, strict=True)]
