@@ -273,6 +273,7 @@ def write_result(
     *,
     machine: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    random_weights: bool = True,
 ) -> Path:
     """Write the result file, print the table of goals and return the path.
 
@@ -283,6 +284,7 @@ def write_result(
         cases: what was measured.
         machine: names the file; the CPU when None.
         extra: joins the fingerprint.
+        random_weights: whether accuracy means nothing.
     """
     fingerprint = take_fingerprint()
     cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", fingerprint.cpu_model.lower())).strip("-")
@@ -294,7 +296,7 @@ def write_result(
         "arguments": options,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "quick": arguments.quick,
-        "random_weights": True,
+        "random_weights": random_weights,
         "fingerprint": {**fingerprint.to_dict(), **(extra or {})},
         "goals": [{**asdict(goal), "reached": goal.reached} for goal in goals],
         "cases": list(cases),

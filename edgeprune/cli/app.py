@@ -34,6 +34,7 @@ VERBS = {
     "report": "Write results as one HTML file.",
     "inspect": "Show what a bundle holds.",
     "evaluate": "Accuracy of a bundle on labelled images.",
+    "search": "Find keep rates and stages by measured latency.",
     "finetune": "Train a method's weights.",
     "convert": "Rewrite a checkpoint, checked and described.",
     "demo": "The whole way on the shipped model.",

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from edgeprune.cli import parse
 from edgeprune.cli.common import verb
+from edgeprune.cli.recipe import apply_recipe, weights_differ
 from edgeprune.cli.show import bucket_rows, files_words, plan_summary, stage_rows, summary
 from edgeprune.cli.ui import Ui, pairs
 from edgeprune.errors import EnvironmentLackError, InputError
 from edgeprune.runtime.manifest import StageInfo
+from edgeprune.search.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from edgeprune.runtime.bundle import Bundle
@@ -26,7 +29,8 @@ TENSORRT = "trt-"
     "Compile a checkpoint into a bundle.\n\nExactly one of --checkpoint and --random-weights says where the weights "
     "come from. The bundle holds the pruned graph and its baselines; it appears whole or not at all.",
 )
-@click.option("-m", "--model", required=True, metavar="NAME", help="A name `edgeprune models` lists.")
+@click.option("-m", "--model", metavar="NAME", help="A name `edgeprune models` lists.")
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A schedule `edgeprune search` found.")
 @click.option("--method", default="dense", show_default=True, metavar="NAME", help="See `edgeprune methods`.")
 @click.option(
     "--keep-rate",
@@ -92,6 +96,7 @@ def command(ui: Ui, **options: Any) -> dict[str, Any]:
         raise InputError(
             "no output directory", code="usage", expected="-o DIR", hint="add -o out/my-model, or --dry-run"
         )
+    recipe = _take_recipe(ui, options)
     request = _request(**options)
     from edgeprune.export import export_model, plan_export
 
@@ -105,6 +110,8 @@ def command(ui: Ui, **options: Any) -> dict[str, Any]:
     manifest = bundle.manifest
     for warning in manifest.warnings:
         ui.warn(warning)
+    if recipe is not None and (said := weights_differ(recipe, manifest.weights.sha256)):
+        ui.warn(said)
     ui.note(pairs([*summary(bundle), ("files", files_words(manifest))]))
     if manifest.method.stages:
         ui.note()
@@ -119,6 +126,26 @@ def command(ui: Ui, **options: Any) -> dict[str, Any]:
         ui.note(f"\nnext: edgeprune run {output} IMAGE...\n      edgeprune bench {output}")
     engines = {} if index is None else {"engines": index.model_dump(mode="json")}
     return {"bundle": str(output), "manifest": manifest.model_dump(mode="json"), **engines}
+
+
+def _take_recipe(ui: Ui, options: dict[str, Any]) -> Recipe | None:
+    """Put what a recipe says into the options and return it, None without --recipe.
+
+    Raises:
+        InputError: `usage` without a model, `recipe` when the file is none.
+    """
+    path: Path | None = options.pop("recipe")
+    if path is None:
+        if options["model"] is None:
+            raise InputError(
+                "no model", code="usage", expected="-m NAME, or --recipe FILE", hint="run `edgeprune models`"
+            )
+        return None
+    recipe = load_recipe(path)
+    context = click.get_current_context()
+    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    options.update(apply_recipe(ui, recipe, options, given))
+    return recipe
 
 
 def _why_no_engine(target: str, *, required: bool, wanted: bool) -> str | None:

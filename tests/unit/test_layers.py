@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "export": _MODEL | {"runtime", "checks.compare", "plugins"},
     "checks": _MODEL | {"runtime", "checks.compare", "export"},
     "bench": _MODEL | {"runtime", "checks", "export"},
-    "cli": _MODEL | {"runtime", "checks", "export", "bench", "training", "convert", "plugins", "serving"},
+    "search": _MODEL | {"runtime", "checks", "export", "bench"},
+    "cli": _MODEL | {"runtime", "checks", "export", "bench", "search", "training", "convert", "plugins", "serving"},
 }
 # The facade names the public API lazily, and `python -m edgeprune` is the command.
 FACADE = {"edgeprune", "edgeprune.__main__"}
