@@ -31,6 +31,7 @@ VERBS = {
     "run": "Classify images with a bundle.",
     "verify": "Compare a bundle with PyTorch on fresh inputs.",
     "bench": "Measure pruned against dense, interleaved.",
+    "compare": "Fail when a bundle got slower or worse, beyond noise.",
     "inspect": "Show what a bundle holds.",
     "evaluate": "Accuracy of a bundle on labelled images.",
     "finetune": "Train a method's weights.",
