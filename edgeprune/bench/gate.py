@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from edgeprune.bench.gate_rules import SHARES, TIMES, Rule, floor_of
+from edgeprune.bench.gate_rules import TIMES, Rule, floor_of
 from edgeprune.bench.gate_stats import Array, Evidence, weigh_apart, weigh_paired
 from edgeprune.bench.result import BenchResult, RatioClock
 from edgeprune.bench.stats import MIN_BLOCKS
@@ -65,7 +65,7 @@ class Side:
 
     def joined(self, other: Side) -> Side:
         """Return a side with the blocks of both."""
-        return Side(self.name, [*self.segments, *other.segments], self.unstable, self.parity, self.top1)
+        return replace(self, segments=[*self.segments, *other.segments])
 
 
 @dataclass(frozen=True)
@@ -267,26 +267,31 @@ def fingerprint_class(result: BenchResult) -> dict[str, Any]:
 
 
 def compare_results(
-    base: BenchResult, head: BenchResult, gate: Gate, names: tuple[str, str], **sides: Any
+    base: BenchResult,
+    head: BenchResult,
+    gate: Gate,
+    names: tuple[str, str],
+    *,
+    base_top1: Mapping[str, float] | None = None,
+    head_top1: Mapping[str, float] | None = None,
 ) -> Comparison:
     """Compare stored samples.
 
     Args:
-        base, head: results of `edgeprune bench`.
+        base: result of `edgeprune bench`.
+        head: another one.
         gate: what a regression is.
         names: of both, for people.
-        sides: `base_top1` and `head_top1`, graph -> share.
+        base_top1: graph -> share of images classified right.
+        head_top1: the same of head.
     """
     differences = class_differences(base, head)
-    old, new = side_of(base, names[0]), side_of(head, names[1])
-    old, new = (
-        Side(side.name, side.segments, side.unstable, None, sides.get(key) or {})
-        for side, key in ((old, "base_top1"), (new, "head_top1"))
-    )
+    old = replace(side_of(base, names[0]), top1=base_top1 or {})
+    new = replace(side_of(head, names[1]), top1=head_top1 or {})
     outcomes = gate.judge(old, new)
     if differences:
         reason = f"other machine or setting: {'; '.join(differences)}"
-        outcomes = [o if o.stat in SHARES and o.unit == "share" else _no_baseline(o, reason) for o in outcomes]
+        outcomes = [o if o.unit == "share" else _no_baseline(o, reason) for o in outcomes]
     warnings = [
         f"{side.name} was marked unstable: {side.unstable[0]}"
         + (f" (and {len(side.unstable) - 1} more)" if len(side.unstable) > 1 else "")

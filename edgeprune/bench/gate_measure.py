@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ def compare_bundles(
     *,
     confirm: int = 1,
     progress: Progress | None = None,
-    **top1: Mapping[str, float],
+    base_top1: Mapping[str, float] | None = None,
+    head_top1: Mapping[str, float] | None = None,
 ) -> Comparison:
     """Measure two bundles in turns; what looks slower is measured again before it counts.
 
@@ -113,7 +114,8 @@ def compare_bundles(
         plan: how to measure.
         confirm: reruns after a suspicious first run.
         progress: called with (step, share done).
-        top1: `base_top1` and `head_top1`, graph -> share.
+        base_top1: graph -> share of images classified right.
+        head_top1: the same of head.
 
     Raises:
         InputError: those of `check_pair`.
@@ -121,24 +123,20 @@ def compare_bundles(
     check_pair(base, head, plan.batch)
     names = (str(base.path), str(head.path))
     timed = any(rule.stat in (*TIMES, "speedup") for rule in gate.rules)
-    extras = [(b.manifest, top1.get(key) or {}) for b, key in ((base, "base_top1"), (head, "head_top1"))]
+    old = Side(names[0], parity=base.manifest.parity, top1=base_top1 or {})
+    new = Side(names[1], parity=head.manifest.parity, top1=head_top1 or {})
     if not timed:
-        sides = [Side(name, [], (), m.parity, found) for name, (m, found) in zip(names, extras, strict=True)]
-        return Comparison(*names, "head to head", None, gate.alpha, gate.judge(*sides))
-    first = [
-        Side(name, side.segments, (), manifest.parity, found)
-        for name, side, (manifest, found) in zip(
-            names, measure_pair(base, head, plan, progress=progress), extras, strict=True
-        )
-    ]
+        return Comparison(*names, "head to head", None, gate.alpha, gate.judge(old, new))
+    first = measure_pair(base, head, plan, progress=progress)
+    old, new = replace(old, segments=first[0].segments), replace(new, segments=first[1].segments)
     reruns = []
-    if gate.suspects(*first):
+    if gate.suspects(old, new):
         reruns = [
             measure_pair(base, head, plan, swapped=i % 2 == 0, progress=_named(progress, "confirmation"))
             for i in range(confirm)
         ]
     clock = ratio_clock(plan.threads, device_of(base.manifest.target) is not None)
-    return Comparison(*names, "head to head", clock, gate.alpha, gate.judge(*first, reruns))
+    return Comparison(*names, "head to head", clock, gate.alpha, gate.judge(old, new, reruns))
 
 
 def measure_pair(
