@@ -54,9 +54,7 @@ def add_work(bundle: Bundle, out: Path, products: int) -> Bundle:
         helper.make_node("Mul", ["planted_sum", "planted_zero"], ["planted_start"]),
         helper.make_node("Add", ["planted_start", "planted_matrix"], ["planted_0"]),
     ]
-    nodes += [
-        helper.make_node("MatMul", [f"planted_{i}", "planted_0"], [f"planted_{i + 1}"]) for i in range(products)
-    ]
+    nodes += [helper.make_node("MatMul", [f"planted_{i}", "planted_0"], [f"planted_{i + 1}"]) for i in range(products)]
     nodes += [
         helper.make_node("ReduceSum", [f"planted_{products}"], ["planted_end"], keepdims=0),
         helper.make_node("Mul", ["planted_end", "planted_zero"], ["planted_nothing"]),
