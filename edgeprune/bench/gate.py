@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from edgeprune.runtime.manifest import ParityInfo
 SCHEMA = "edgeprune-compare/1"
 ALPHA = 0.01
 Status = Literal["ok", "regressed", "improved", "no-baseline", "unstable"]
-_REDUCE = {"median": np.median, "mean": np.mean, "min": np.min}
+_REDUCE: dict[str, Callable[..., Any]] = {"median": np.median, "mean": np.mean, "min": np.min}
 _CLASS_FIELDS = (
     *("cpu_model", "cpu_flags", "architecture", "logical_cores", "usable_cores", "threads_per_core", "governor"),
     *("power_mode", "nvpmodel", "jetson_clocks", "l4t"),
@@ -187,18 +187,19 @@ class Gate:
         if old is None or new is None:
             why = "no dense graph was measured" if rule.stat == "speedup" else f"{mine} was not measured"
             side = base if old is None else head
-            values = [None if cost is None else _shown(cost, unit) for cost in (old, new)]
-            return Outcome(rule.stat, theirs, "no-baseline", *values, unit, rule.limit, reason=f"{why} in {side.name}")
+            one, two = (None if cost is None else _shown(cost, unit) for cost in (old, new))
+            reason = f"{why} in {side.name}"
+            return Outcome(rule.stat, theirs, "no-baseline", one, two, unit, rule.limit, reason=reason)
         limit = max(rule.share(float(np.median(old))), floor_of(rule, self.floors))
         evidence = self._weigh(old, new)
         again = []
         for again_base, again_head in reruns:
-            one, two = again_base.cost(mine, rule.stat), again_head.cost(theirs, rule.stat)
-            assert one is not None and two is not None  # reruns measure what the first run did
-            again.append(self._weigh(one, two).ratio)
-        status, reason = decide(evidence, limit, self.alpha, again)
+            third, fourth = again_base.cost(mine, rule.stat), again_head.cost(theirs, rule.stat)
+            assert third is not None and fourth is not None  # reruns measure what the first run did
+            again.append(self._weigh(third, fourth).ratio)
+        status, why_so = decide(evidence, limit, self.alpha, again)
         return Outcome(
-            rule.stat, theirs, status, _shown(old, unit), _shown(new, unit), unit, limit, evidence, tuple(again), reason
+            rule.stat, theirs, status, _shown(old, unit), _shown(new, unit), unit, limit, evidence, tuple(again), why_so
         )
 
     def _weigh(self, base: Array, head: Array) -> Evidence:
@@ -318,11 +319,11 @@ def _match(base: Side, head: Side) -> list[tuple[str, str]]:
 
 def _judge_parity(rule: Rule, base: Side, head: Side) -> Outcome:
     """Regressed: top-1 agreement with PyTorch fell by more than the limit, or the error is above its tolerance."""
-    values = [None if side.parity is None else side.parity.top1_agreement for side in (base, head)]
+    old, new = (None if side.parity is None else side.parity.top1_agreement for side in (base, head))
     if head.parity is not None and head.parity.max_rel_error > head.parity.tolerance:
         reason = f"relative error {head.parity.max_rel_error:.1e}, tolerance {head.parity.tolerance:g}"
-        return Outcome("parity", "model", "regressed", *values, "share", rule.limit, reason=reason)
-    return _judge_share(rule, "model", *values, "no parity is recorded; it stands in bundles that were verified")
+        return Outcome("parity", "model", "regressed", old, new, "share", rule.limit, reason=reason)
+    return _judge_share(rule, "model", old, new, "no parity is recorded; it stands in bundles that were verified")
 
 
 def _judge_top1(rule: Rule, base: Side, head: Side) -> Iterator[Outcome]:

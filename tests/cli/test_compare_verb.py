@@ -94,7 +94,7 @@ def test_calibration_writes_a_floor_that_is_taken(cli: Cli, digits_bundle: Bundl
 def command_lines() -> list[str]:
     text = "\n".join(path.read_text() for path in sorted(CI.iterdir()))
     text = re.sub(r"(--fail-on [^\n]*)\n\s+(--markdown)", r"\1 \2", text)
-    return [m[0].strip() for m in re.finditer(r"(?m)\bedgeprune (?:%s) [^\n`]*" % "|".join(VERBS), text)]
+    return [m[0].strip() for m in re.finditer(rf"(?m)\bedgeprune (?:{'|'.join(VERBS)}) [^\n`]*", text)]
 
 
 @pytest.mark.parametrize("line", command_lines())
