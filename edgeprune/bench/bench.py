@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -9,13 +10,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from edgeprune.bench import fingerprint as env
 from edgeprune.bench.adaptive import RunSetting, mean_macs, summarise_runs
 from edgeprune.bench.callers import BLOCKS, measure_callers
 from edgeprune.bench.energy import QUICK_WINDOW_S, WINDOW_S, measure_energy
 from edgeprune.bench.images import make_images
-from edgeprune.bench.layers import profile_layers
+from edgeprune.bench.layers import check_profiled, profile_layers
 from edgeprune.bench.measure import QUICK, Clock, Measurement, MeasurePlan, Progress, SystemClock, measure
 from edgeprune.bench.naive import export_naive_dense
 from edgeprune.bench.result import BenchResult, BenchSetting, Extras, RatioClock
@@ -23,6 +25,7 @@ from edgeprune.bench.runners import Contest, switch_us, take_density
 from edgeprune.bench.scenarios import Scenario, parse_scenario, query_batch, scenario_result
 from edgeprune.bench.stats import MIN_BLOCKS
 from edgeprune.bench.summary import pruned_runners, summarise
+from edgeprune.bench.telemetry_nvml import describe_nvml
 from edgeprune.bench.watch import MachineWatch, Sensors, find_sensors
 from edgeprune.checks.parity import config_from_manifest, macs_by_counts
 from edgeprune.errors import InputError
@@ -95,6 +98,8 @@ def bench_bundle(
     batch = query_batch(asked.query, batch, manifest.batch) if asked.query else batch or manifest.batch[0]
     _check_request(bundle, batch, against, callers)
     _check_scenario(asked, duration)
+    if layers:
+        check_profiled(manifest.target)
     on_device = device_of(manifest.target) is not None
     count = asked.query or ((QUICK_IMAGES if quick else IMAGES) if images is None else images)
     inputs = make_images(data, manifest.preprocessing, count=count, batch=batch, seed=seed)
@@ -157,7 +162,7 @@ def bench_bundle(
             on_device,
         ),
         machine=machine,
-        fingerprint=env.take_fingerprint().to_dict() | (env.describe_gpu() if on_device else {}),
+        fingerprint=fingerprint_of(on_device),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         warnings=contest.warnings,
         extras=extras,
@@ -178,6 +183,15 @@ def _extras(manifest: Manifest, contest: Contest, measurement: Measurement, batc
         if manifest.model.config is not None:
             macs = {name: mean_macs(r, macs_by_counts(manifest, stages[rates[name]])) for name, r in runs.items()}
     return Extras(adaptive, macs, memory=contest.memory)
+
+
+def fingerprint_of(on_device: bool) -> dict[str, Any]:
+    """Return what a bench was made on."""
+    found = env.take_fingerprint().to_dict() | env.describe_board()
+    if on_device:
+        found |= env.describe_gpu()
+        found["gpu"] |= describe_nvml(os.getpid())
+    return found
 
 
 def ratio_clock(threads: int, on_device: bool = False) -> RatioClock:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.runtime.cuda import find_device
+from edgeprune.runtime.device_state import DeviceReader
+from edgeprune.runtime.jetson import read_jetson
 from edgeprune.runtime.processor import first_processor
 from edgeprune.version import __version__
 
@@ -95,6 +97,25 @@ def describe_gpu() -> dict[str, Any]:
     return {
         "gpu": {"name": device.name, "compute_capability": capability, "memory_mib": memory, "driver": device.driver}
     }
+
+
+def describe_board(root: Path = Path("/")) -> dict[str, Any]:
+    """Return further entries of a fingerprint: how hot the machine is, and of a Jetson its release and power mode.
+
+    Args:
+        root: where the file system begins.
+    """
+    state = DeviceReader(root / "sys").read()
+    found: dict[str, Any] = {"temperature_c": state.temperature_c, "throttled": state.throttled}
+    jetson = read_jetson(root)
+    if jetson is not None:
+        found["jetson"] = {
+            "l4t": jetson.linux,
+            "jetpack": jetson.jetpack,
+            "nvpmodel": None if jetson.mode is None else f"{jetson.mode.number} {jetson.mode.name}",
+            "jetson_clocks": jetson.held,
+        }
+    return found
 
 
 def usable_cores() -> list[int]:

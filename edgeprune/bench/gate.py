@@ -20,8 +20,8 @@ Status = Literal["ok", "regressed", "improved", "no-baseline", "unstable"]
 _REDUCE: dict[str, Callable[..., Any]] = {"median": np.median, "mean": np.mean, "min": np.min}
 _CLASS_FIELDS = (
     *("cpu_model", "cpu_flags", "architecture", "logical_cores", "usable_cores", "threads_per_core", "governor"),
-    *("power_mode", "nvpmodel", "jetson_clocks", "l4t"),
 )
+_BOARD_FIELDS = ("l4t", "nvpmodel", "jetson_clocks")
 
 
 @dataclass(frozen=True)
@@ -248,11 +248,12 @@ def class_differences(base: BenchResult, head: BenchResult) -> list[str]:
 def fingerprint_class(result: BenchResult) -> dict[str, Any]:
     """Return what two results must share: machine, power mode, TensorRT's minor version, and how they were measured."""
     found = result.fingerprint
-    gpu, packages = found.get("gpu") or {}, found.get("packages") or {}
+    gpu, packages, board = (found.get(name) or {} for name in ("gpu", "packages", "jetson"))
     tensorrt = packages.get("tensorrt")
     scenario = None if result.scenario is None else result.scenario.text
     return {
         **{name: found.get(name) for name in _CLASS_FIELDS},
+        **{name: board.get(name) for name in _BOARD_FIELDS},
         "gpu": gpu.get("name"),
         "TensorRT": None if tensorrt is None else ".".join(str(tensorrt).split(".")[:2]),
         "model": result.bundle.get("model"),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgeprune.bench.runners import Contest
 
 PARTS = ("embed", "attention", "mlp", "norm", "selection", "head", "other")
+PROFILED = ("onnx", "ort-cpu")
 RUNS, QUICK_RUNS, WARMUP_RUNS = 20, 5, 2
 SLOWEST = 12
 SOURCE = "onnxruntime profiler"
@@ -30,12 +31,14 @@ NOTE = "the profiler itself adds to every node, most to short ones: shares are w
 _RULES = (
     (
         "selection",
-        r"(^|[./_])(select|selection|topk|top_k|kept_|token_|rank|predictor|merge_tokens|restore|score)|stash",
+        r"(^|[./_])(select|selection|topk|top_k|kept_|count(_\d+)?$|counts$|over(_|$|flow)|valid|slots|token_|rank|predictor|merge_tokens|restore|score)|stash",
     ),
     ("head", r"^/?(head|fc_norm|logits|norm[./]head|pre_logits)"),
     ("embed", r"^/?(patch_embed|pos_embed|cls_token|prefix|conv_stem|norm_pre)"),
     ("mlp", r"(^|[./])(mlp|ffn)([./]|$)"),
     ("attention", r"(^|[./])(attn|attention)([./]|$)"),
+    ("attention", r"^blocks\.\d+\.(tokens|rows|first_rows)"),  # the rows it takes
+    ("embed", r"^rows$"),
     ("norm", r"(^|[./])(norm\w*|layer_?norm\w*)([./]|$)"),
     ("norm", r"LayerNormalization"),
 )
@@ -123,13 +126,7 @@ def profile_layers(bundle: Bundle, contest: Contest, *, quick: bool) -> list[Lay
     from edgeprune.runtime.session import Session
 
     manifest = bundle.manifest
-    if manifest.target not in PROFILED:
-        raise InputError(
-            f"the layers of a bundle for {manifest.target} are not timed",
-            code="bench-layers",
-            expected=f"a bundle for {' or '.join(PROFILED)}",
-            hint="bench without --layers; `edgeprune inspect` shows the layers of an engine",
-        )
+    check_profiled(manifest.target)
     rates = pruned_runners(manifest)
     results = []
     for runner in contest.runners:
@@ -162,7 +159,19 @@ def profile_layers(bundle: Bundle, contest: Contest, *, quick: bool) -> list[Lay
     return results
 
 
-PROFILED = ("onnx", "ort-cpu")
+def check_profiled(target: str) -> None:
+    """Refuse a target whose layers are not timed.
+
+    Raises:
+        InputError: `bench-layers`.
+    """
+    if target not in PROFILED:
+        raise InputError(
+            f"the layers of a bundle for {target} are not timed",
+            code="bench-layers",
+            expected=f"a bundle for {' or '.join(PROFILED)}",
+            hint="bench without --layers; `edgeprune inspect` shows the layers of an engine",
+        )
 
 
 def node_times(events: Iterable[Mapping[str, Any]], warmup: int, runs: int, per_run: int = 1) -> list[NodeTime]:

@@ -158,9 +158,19 @@ class Measurement:
 
     def per_run(self, runs: int) -> Measurement:
         """Return a measurement of calls of several runs as one of the mean run of each call."""
-        times = ("wall_ms", "cpu_ms", "run_ms", "gpu_ms", "enqueue_ms")
+
+        def divided(times: list[float]) -> list[float]:
+            return [ms / runs for ms in times]
+
         samples = {
-            name: replace(one, **{field: [ms / runs for ms in getattr(one, field)] for field in times})
+            name: replace(
+                one,
+                wall_ms=divided(one.wall_ms),
+                cpu_ms=divided(one.cpu_ms),
+                run_ms=divided(one.run_ms),
+                gpu_ms=divided(one.gpu_ms),
+                enqueue_ms=divided(one.enqueue_ms),
+            )
             for name, one in self.samples.items()
         }
         return replace(self, samples=samples)

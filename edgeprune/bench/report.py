@@ -24,7 +24,7 @@ def report_tables(result: BenchResult) -> Iterator[tuple[str | None, Rows]]:
     if result.scenario is not None and result.scenario.kind == "fixed-fps":
         yield f"frames at {result.scenario.fps:g} per second", frames_table(result.scenario)
     if result.scenario is not None and any(runner.windows for runner in result.scenario.runners):
-        yield f"windows of {result.scenario.window_s:g} s", windows_table(result.scenario)
+        yield f"windows of {result.scenario.window_s:.3g} s", windows_table(result.scenario)
     if any(runner.median_gpu_ms is not None for runner in result.runners):
         yield "where a run waits (medians)", device_table(result.runners)
     if any(runner.energy is not None for runner in result.runners):
@@ -254,7 +254,7 @@ def _scenario_notes(result: BenchResult) -> Iterator[str]:
         yield "the graphs take turns without a pause, so that all meet the same heat"
         for one in scenario.runners:
             if one.last_over_first is not None:
-                width = f"{scenario.window_s:g} s"
+                width = f"{scenario.window_s:.3g} s"
                 yield f"{one.name}: median of the last {width} / of the first {width}: {one.last_over_first:.3f}"
     if result.warmup is not None and result.warmup.stable:
         yield f"warm-up: {result.warmup.rounds} rounds, {result.warmup.elapsed_s:.2f} s, until times stood still"

@@ -150,11 +150,13 @@ def parse_scenario(text: str) -> Scenario:
         if kind == "single-stream" and not colon:
             return Scenario()
         if kind == "multi-stream":
-            return Scenario(kind, query=int(_within(value if colon else str(QUERY), 2, MAX_QUERY, whole=True)))
+            return Scenario(
+                "multi-stream", query=int(_within(value if colon else str(QUERY), 2, MAX_QUERY, whole=True))
+            )
         if kind == "fixed-fps":
-            return Scenario(kind, fps=_within(value if colon else str(FPS), 0.1, MAX_FPS))
+            return Scenario("fixed-fps", fps=_within(value if colon else str(FPS), 0.1, MAX_FPS))
         if kind == "sustained":
-            return Scenario(kind, duration_s=_seconds(value) if colon else SUSTAINED_S)
+            return Scenario("sustained", duration_s=_seconds(value) if colon else SUSTAINED_S)
     except ValueError as error:
         raise _bad_scenario(text, str(error)) from None
     raise _bad_scenario(text, "no such scenario" if kind not in HEADLINES else f"{kind} takes no value")

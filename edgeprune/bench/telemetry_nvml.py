@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -70,6 +71,21 @@ class NvmlSource:
         """Return the energy since the driver was loaded, None when the GPU does not count it."""
         return self._try(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device) / 1000)
 
+    def describe(self, own: int) -> dict[str, Any]:
+        """Return driver, highest clock in MHz, power limit in watts and how many processes but `own` compute on it."""
+        nvml, device = self._nvml, self._device
+        asked: dict[str, Callable[[], Any]] = {
+            "driver_version": lambda: _text(nvml.nvmlSystemGetDriverVersion()),
+            "max_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(device, nvml.NVML_CLOCK_SM),
+            "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000,
+            "other_processes": lambda: sum(p.pid != own for p in nvml.nvmlDeviceGetComputeRunningProcesses(device)),
+        }
+        told = {}
+        for name, ask in asked.items():
+            with suppress(nvml.NVMLError):
+                told[name] = ask()
+        return told
+
     def _reasons(self) -> int:
         """Return the clock event reasons, which older drivers know by another name."""
         ask = getattr(self._nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
@@ -81,6 +97,10 @@ class NvmlSource:
             return float(reader())
         except self._nvml.NVMLError:
             return None
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 class NvmlCounter:
@@ -109,13 +129,12 @@ def find_nvml(index: int = 0) -> tuple[NvmlSource | None, str | None]:
         return None, f"nvml: {error}"
 
 
-def other_processes(own: int, index: int = 0) -> int | None:
-    """Return how many other processes compute on a GPU, None when the driver does not tell."""
+def describe_nvml(own: int, index: int = 0) -> dict[str, Any]:
+    """Return what the library tells of a GPU for a fingerprint; what it does not tell is left out.
+
+    Args:
+        own: number of this process.
+        index: of the GPU.
+    """
     source, _ = find_nvml(index)
-    if source is None:
-        return None
-    nvml, device = source._nvml, source._device
-    try:
-        return sum(process.pid != own for process in nvml.nvmlDeviceGetComputeRunningProcesses(device))
-    except nvml.NVMLError:
-        return None
+    return {} if source is None else source.describe(own)

@@ -22,7 +22,7 @@ _TEMPERATURE = re.compile(r"\b([A-Za-z][\w-]*)@(-?\d+(?:\.\d+)?)C\b")
 _GPU = re.compile(r"\bGR3D(?:_FREQ)? (?:(\d+)%)?(?:@(\d+|\[[\d,]+\]))?")
 _CPU = re.compile(r"\bCPU \[([^\]]*)\]")
 _CORE = re.compile(r"(\d+)%@(\d+)")
-_NO_RAILS = ("RAM", "SWAP", "IRAM")
+_NO_RAILS = ("RAM", "SWAP", "IRAM", "NC")
 _OFF_C = -40.0  # a sensor that is switched off says -256
 _CONSTANT = "pmic"
 

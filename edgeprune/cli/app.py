@@ -40,6 +40,7 @@ VERBS = {
     "models": "List the models.",
     "methods": "List the pruning methods and their options.",
     "targets": "List the targets and why one is unavailable.",
+    "serve-repo": "Write a model repository for Triton.",
     "plugins": "Build, find and check the TensorRT plugin.",
     "doctor": "Check this machine.",
 }
@@ -58,7 +59,7 @@ class VerbGroup(click.Group):
         if cmd_name not in VERBS:
             return None
         ctx.obj.command = cmd_name
-        return import_module(f"edgeprune.cli.{cmd_name}").command
+        return import_module(f"edgeprune.cli.{cmd_name.replace('-', '_')}").command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -104,7 +104,7 @@ def _show(ui: Ui, tables: Iterable[tuple[str | None, Rows]], notes: Iterable[str
         ui.warn(warning)
     for title, rows in tables:
         first, *others = rows[0]
-        shown = table(first, *(f">{heading}" for heading in others), title=title)
+        shown = table(first, *(f">{heading}" if heading else "" for heading in others), title=title)
         for row in rows:
             shown.add_row(*row.values())
         if title is not None:

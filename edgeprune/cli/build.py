@@ -88,9 +88,8 @@ def show_engines(ui: Ui, bundle: Bundle, index: EngineIndex) -> Path:
     """Print the engines that were built and return their folder."""
     folder = bundle.path / ENGINES_FOLDER / folder_name(index.device, index.tensorrt)
     ui.written.append(folder)
-    for info in index.engines:
-        for finding in info.proof.findings if info.proof is not None else []:
-            ui.warn(f"{info.file}: {finding}")
+    for finding in findings_of(index):
+        ui.warn(finding)
     ui.data(engine_rows(index))
     for choice in index.choices:
         ui.note(choice_words(choice))
@@ -130,6 +129,12 @@ def plan_rows(roles: Sequence[Role]) -> Iterator[dict[str, Any]]:
                     "slots": [list(s) for s in dict.fromkeys(p.slots for p in plan.profiles) if s is not None],
                     "profiles": len(plan.profiles),
                 }
+
+
+def findings_of(index: EngineIndex) -> list[str]:
+    """Return what the inspector found in the engines that is not as it should be."""
+    proofs = [(info.file, info.proof) for info in index.engines if info.proof is not None]
+    return [f"{file}: {finding}" for file, proof in proofs for finding in proof.findings]
 
 
 def engine_rows(index: EngineIndex) -> Table:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from edgeprune.cli.common import verb
+import click
+
+from edgeprune.cli.bundle_checks import check_bundle
+from edgeprune.cli.common import BUNDLE, verb
 from edgeprune.cli.machine import CHECKS
 from edgeprune.cli.ui import Ui, table
 from edgeprune.errors import EnvironmentLackError
+from edgeprune.runtime.bundle import load_bundle
 
 
-@verb("doctor", "Check Python, packages, processor, disk and devices. Exit code 3 when something required is missing.")
-def command(ui: Ui) -> list[dict[str, Any]]:
+@verb(
+    "doctor",
+    "Check this machine: Python, packages, processor, memory, disk and devices, a Jetson's power mode. With a bundle "
+    "also whether it runs here: what stops which TensorRT, which engines fit, which are stale.\n\nExit code 3 when "
+    "something required is missing.",
+)
+@click.argument("bundle", type=BUNDLE, required=False)
+def command(ui: Ui, bundle: Path | None) -> list[dict[str, Any]]:
     """Print every finding."""
+    loaded = None if bundle is None else load_bundle(bundle)
     findings = [finding for check in CHECKS for finding in check()]
+    if loaded is not None:
+        findings += check_bundle(loaded)
     ui.results = [vars(finding) for finding in findings]
     shown = table("check", "", "found", "fix")
     for f in findings:

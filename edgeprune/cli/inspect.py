@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from edgeprune.cli.build import engine_rows, findings_of
 from edgeprune.cli.common import BUNDLE, verb
 from edgeprune.cli.show import (
     bucket_rows,
@@ -20,6 +21,7 @@ from edgeprune.cli.show import (
 )
 from edgeprune.cli.ui import Ui, pairs, table
 from edgeprune.runtime.bundle import Bundle, load_bundle
+from edgeprune.runtime.engines import engine_folders, read_index
 
 SHOWN_OPS = 8
 
@@ -60,6 +62,12 @@ def command(ui: Ui, bundle: Path) -> dict[str, Any]:
         )
     ui.data("")
     ui.data(shown)
+    built = {folder.name: read_index(loaded, folder) for folder in engine_folders(loaded)}
+    for name, index in built.items():
+        ui.data(f"\nengines/{name}")
+        ui.data(engine_rows(index))
+        for finding in findings_of(index):
+            ui.data(finding)
     files = table("file", ">size", "sha256")
     for name, file in manifest.files.items():
         files.add_row(name, size_words(file.bytes), file.sha256)
@@ -81,7 +89,9 @@ def command(ui: Ui, bundle: Path) -> dict[str, Any]:
     )
     if not all(graph["ops"] for graph in graphs.values()):
         ui.note("node counts need the package onnx: pip install 'edgeprune[export]'")
-    return {"bundle": str(bundle), "hashes": "ok", "manifest": manifest.model_dump(mode="json"), "graphs": graphs}
+    engines = {name: index.model_dump(mode="json") for name, index in built.items()}
+    fields = {"manifest": manifest.model_dump(mode="json"), "graphs": graphs, "engines": engines}
+    return {"bundle": str(bundle), "hashes": "ok", **fields}
 
 
 def _graph(bundle: Bundle, name: str) -> dict[str, Any]:

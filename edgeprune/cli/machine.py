@@ -45,6 +45,8 @@ PROVIDER = "CUDAExecutionProvider"
 LEAST_PYTHON = (3, 10)
 LOW_DISK_BYTES = 2 << 30  # a ViT-L bundle with room to overwrite it
 NO_DISK_BYTES = 100 << 20
+MEMINFO = Path("/proc/meminfo")
+LOW_MEMORY_BYTES = 7 << 30  # with swap; a rule of thumb: TensorRT's builder may be killed on less
 FAST_FLAGS = {"avx2", "avx512f", "asimd"}
 
 
@@ -195,12 +197,51 @@ def check_tensorrt() -> Iterator[Finding]:
         yield Finding("tensorrt plugin", "ok", str(found.path))
 
 
+def check_jetson() -> Iterator[Finding]:
+    """Yield what a Jetson is set to; nothing on other machines."""
+    from edgeprune.runtime.jetson import read_jetson
+
+    jetson = read_jetson()
+    if jetson is None:
+        return
+    comes = f", JetPack {jetson.jetpack} with TensorRT {jetson.tensorrt}" if jetson.jetpack else ""
+    yield Finding("jetson linux", "ok", f"{jetson.linux}{comes}")
+    if jetson.mode is None:
+        mount = "sudo nvpmodel -q; in a container mount /etc/nvpmodel.conf and /var/lib/nvpmodel"
+        yield Finding("power mode", "note", "unknown: /var/lib/nvpmodel/status does not say", mount)
+    else:
+        fastest, found = jetson.fastest, f"{jetson.mode.number} {jetson.mode.name}"
+        if fastest is None or fastest == jetson.mode:
+            yield Finding("power mode", "ok", found)
+        else:
+            faster = f"for full speed: sudo nvpmodel -m {fastest.number} ({fastest.name})"
+            yield Finding("power mode", "note", found, faster)
+    if jetson.held is True:
+        yield Finding("clocks", "ok", "held at one frequency")
+    elif jetson.held is False:
+        yield Finding("clocks", "note", "follow the load", "for benchmarks: sudo jetson_clocks")
+
+
+def check_memory() -> Iterator[Finding]:
+    """Yield memory and swap; building engines needs more than running them."""
+    sizes = {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", _read(MEMINFO), re.MULTILINE)}
+    if "MemTotal" not in sizes:
+        return
+    memory, swap = sizes["MemTotal"], sizes.get("SwapTotal", 0)
+    words = f"{memory / 2**30:.1f} GiB, {swap / 2**30:.1f} GiB of swap"
+    small = memory + swap < LOW_MEMORY_BYTES
+    fix = "to build engines or export large models, add a swap file on a fast disk: fallocate, mkswap, swapon"
+    yield Finding("memory", "warn" if small else "ok", words, fix if small else None)
+
+
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_python,
     check_packages,
     check_cpu,
     check_disk,
     check_temporary_directory,
+    check_memory,
+    check_jetson,
     check_gpu,
     check_cuda_packages,
     check_tensorrt,
@@ -219,6 +260,13 @@ def as_numbers(version: str) -> tuple[int, ...]:
     """Return the leading numbers of a version: "2.13.0+cpu" gives (2, 13, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _is_there(module: str) -> bool:

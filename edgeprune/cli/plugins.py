@@ -38,6 +38,9 @@ from edgeprune.plugins.locate import VARIABLE, chosen, find_candidates
     metavar="DIR",
     help=f"Instead of the cache; {VARIABLE} then names it.",
 )
+@click.option(
+    "--self-register", is_flag=True, help="Link it to TensorRT, so that opening it is enough, as Triton does."
+)
 def build(
     ui: Ui,
     preset: str | None,
@@ -45,11 +48,12 @@ def build(
     tensorrt_root: tuple[Path, ...],
     jobs: int | None,
     output: Path | None,
+    self_register: bool,
 ) -> dict[str, Any]:
     """Build and print where the libraries are."""
     names = tuple(arch.strip() for arch in (archs or "").split(",") if arch.strip())
     with ui.steps() as report:
-        libraries = build_plugins(BuildRequest(preset, names, tensorrt_root, output, jobs), report)
+        libraries = build_plugins(BuildRequest(preset, names, tensorrt_root, output, jobs, self_register), report)
     ui.written.extend(libraries)
     for path in libraries:
         ui.data(str(path))

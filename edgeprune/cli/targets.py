@@ -13,16 +13,16 @@ def command(ui: Ui) -> list[dict[str, Any]]:
     """Print the targets."""
     from edgeprune.export.targets.registry import TARGETS
 
-    shown = table("target", "precision", ">opset", "what it is", "available here")
+    shown = table("target", "precision", ">opset", "what it is", "exported here", "runs here")
     rows = []
     for target in TARGETS.values():
-        reason = target.why_unavailable()
+        reason, not_runnable = target.why_unavailable(), target.why_not_runnable()
         shown.add_row(
             target.name,
             target.precision,
             str(target.opset or "-"),
             target.summary,
-            f"no: {reason}" if reason else "yes",
+            *(f"no: {why}" if why else "yes" for why in (reason, not_runnable)),
         )
         rows.append(
             {
@@ -33,6 +33,8 @@ def command(ui: Ui) -> list[dict[str, Any]]:
                 "summary": target.summary,
                 "available": reason is None,
                 "why_unavailable": reason,
+                "runnable": not_runnable is None,
+                "why_not_runnable": not_runnable,
             }
         )
     ui.data(shown)

@@ -48,6 +48,7 @@ class BuildRequest:
         tensorrt_roots: folders with include/NvInfer.h; by default those of the environment and of the system.
         output: where the libraries go; by default the user's cache, where the loader looks.
         jobs: compilers at once; by default one per core.
+        self_register: link to libnvinfer and register when opened, for programs such as Triton that only open it.
     """
 
     preset: str | None = None
@@ -55,6 +56,7 @@ class BuildRequest:
     tensorrt_roots: tuple[Path, ...] = ()
     output: Path | None = None
     jobs: int | None = None
+    self_register: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def configure_command(request: BuildRequest, tools: Tools, headers: Sequence[Hea
     command += ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CUDA_COMPILER={tools.nvcc}"]
     if request.archs:
         command.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(request.archs)}")
-    if {found.version for found in headers} == {"8.5"}:  # which cannot load libraries by itself
+    if request.self_register or {found.version for found in headers} == {"8.5"}:  # 8.5 cannot load libraries itself
         command.append("-DEDGEPRUNE_SELF_REGISTER=ON")
     nothing = work / "nothing"  # an empty root keeps a library out of the build
     nothing.mkdir(parents=True)

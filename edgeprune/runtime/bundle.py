@@ -5,25 +5,20 @@ Files the manifest does not list are ignored, and no graph may refer to one. No 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import posixpath
-import secrets
-import shutil
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import TracebackType
 from typing import Any
 
 from pydantic import ValidationError
 
-from edgeprune.errors import EdgepruneError, EnvironmentLackError, InputError, InternalError
+from edgeprune.errors import InputError, InternalError
+from edgeprune.runtime.folders import FolderWriter
 from edgeprune.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileInfo, Manifest
 from edgeprune.runtime.onnx_files import find_external_locations
 from edgeprune.version import __version__
@@ -31,9 +26,6 @@ from edgeprune.version import __version__
 TOOL = "edgeprune"
 _MAX_MANIFEST_BYTES = 16 << 20
 MAX_BATCH = 1 << 16
-_STALE_SECONDS = 24 * 3600.0
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -97,53 +89,11 @@ def hash_file(path: Path) -> FileInfo:
     return FileInfo(sha256=digest.hexdigest(), bytes=size)
 
 
-class BundleWriter:
-    """Writes a bundle beside its place and moves it there at the end; any other way out leaves nothing.
+class BundleWriter(FolderWriter):
+    """Writes a bundle whole or not at all; put files into `.path`, then call `finish`. See `FolderWriter`."""
 
-    Put files into `.path` inside the `with` block, then call `finish`. A run that is killed outright leaves a
-    hidden directory, which the first run a day later removes.
-
-    Args:
-        out: the directory to make.
-        overwrite: replace `out` when it is a bundle of ours or empty.
-    """
-
-    def __init__(self, out: Path | str, *, overwrite: bool = False) -> None:
-        self.out = Path(out)
-        self.overwrite = overwrite
-        self.path = self.out  # the temporary directory once entered
-        self._created: list[Path] = []  # parents made by us, innermost first
-        self._aside: Path | None = None  # the bundle that is being replaced
-        self._finished = False
-
-    def __enter__(self) -> BundleWriter:
-        """Make the temporary directory.
-
-        Raises:
-            InputError: `output-exists`, `output-not-a-bundle`, `output-not-writable`.
-            EnvironmentLackError: `disk-full`.
-        """
-        try:
-            self.out = self.out.resolve()  # an overwritten link keeps pointing at the bundle
-            self._check_out()
-            self._remove_stale()
-            self._created = [p for p in self.out.parents if not p.exists()]
-            self.path = self._beside("tmp")
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir()
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-            self._remove()
-            raise self._explain(error) from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._finished:
-            return
-        self._remove()
-        if isinstance(error, OSError) and self._concerns_us(error):
-            raise self._explain(error) from error
+    kind = "bundle"
+    size = "the new weights"
 
     def preview(self, manifest_fields: dict[str, Any]) -> Bundle:
         """Return the bundle as far as it is written, not to be kept: to run it before it is finished."""
@@ -178,101 +128,16 @@ class BundleWriter:
         except (ValidationError, InputError) as error:
             raise InternalError(f"the manifest to be written is not valid: {error}", code="manifest-invalid") from error
         (self.path / MANIFEST_NAME).write_text(text, encoding="utf-8")
-        for name in (*names, MANIFEST_NAME):
-            _sync(self.path / name)
-        _sync(self.path)
-        self._move_into_place()
-        self._finished = True
+        self.commit((*names, MANIFEST_NAME))
         return Bundle(self.out, manifest)
 
-    def _check_out(self) -> None:
-        """Refuse an `out` that is in the way."""
-        if not self.out.exists():
-            return
-        if not self.overwrite:
-            raise InputError(
-                f"{self.out} exists already",
-                code="output-exists",
-                expected="a directory that does not exist",
-                hint="choose another directory, or pass --overwrite to replace a bundle",
-            )
-        if not _is_replaceable(self.out):
-            raise InputError(
-                f"{self.out} is not a bundle, so it is not replaced",
-                code="output-not-a-bundle",
-                expected="a bundle written by edgeprune, or an empty directory",
-                hint="choose another directory",
-            )
-
-    def _move_into_place(self) -> None:
-        self._check_out()  # again: exporting takes a while
-        if self.out.exists():
-            self._aside = self._beside("old")
-            try:
-                self.out.rename(self._aside)
-                self.path.rename(self.out)
-            except BaseException:
-                if self._aside.exists() and not self.out.exists():
-                    self._aside.rename(self.out)
-                raise
-            shutil.rmtree(self._aside, ignore_errors=True)
-        else:
-            self.path.rename(self.out)
-        _sync(self.out.parent)
-
-    def _beside(self, kind: str) -> Path:
-        return self.out.parent / f".{self.out.name}.{kind}-{secrets.token_hex(4)}"
-
-    def _remove(self) -> None:
-        if self.path != self.out:
-            shutil.rmtree(self.path, ignore_errors=True)
-        if self._aside is not None and self.out.exists():
-            shutil.rmtree(self._aside, ignore_errors=True)
-        with suppress(OSError):  # a parent that was never made, or that somebody else uses by now
-            for parent in self._created:
-                parent.rmdir()
-
-    def _remove_stale(self) -> None:
-        """Remove what killed runs left a day ago or before; an old bundle only where a new one stands."""
-        kinds = ("tmp", "old") if self.out.exists() else ("tmp",)
-        prefixes = tuple(f".{self.out.name}.{kind}-" for kind in kinds)
-        with suppress(OSError):  # no parent yet, or another run removed it first: nothing that stops this run
-            for entry in self.out.parent.iterdir():
-                if entry.name.startswith(prefixes) and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(entry, ignore_errors=True)
-
-    def _concerns_us(self, error: OSError) -> bool:
-        """Tell a failure to write here from one to read elsewhere; a write to an open file names no file."""
-        if error.filename is None:
-            return error.errno in _FULL
-        ours = Path(os.fsdecode(error.filename)).is_relative_to(self.path) or error.filename2 is not None
-        return ours and error.errno in (*_FULL, *_DENIED)
-
-    def _explain(self, error: OSError | RuntimeError) -> EdgepruneError:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return EnvironmentLackError(
-                f"the disk is full: writing {self.out} failed ({error})",
-                code="disk-full",
-                expected="free space for the new weights, beside a bundle that is replaced",
-                hint="free some space or write to another disk; nothing was left behind",
-            )
-        return InputError(
-            f"cannot write {self.out} ({error})",
-            code="output-not-writable",
-            expected="a place where this user may create a directory",
-            hint="choose another directory",
-        )
-
-
-def _is_replaceable(path: Path) -> bool:
-    """Tell whether a path is a directory that is empty or holds a manifest of ours, valid or not."""
-    if not path.is_dir():
-        return False
-    try:
-        data = json.loads(_read_manifest(path))
-    except (InputError, ValueError, RecursionError):
-        return not any(path.iterdir())
-    return isinstance(data, dict) and data.get("tool") == TOOL
+    def is_ours(self, path: Path) -> bool:
+        """Tell whether a directory holds a manifest of ours, valid or not."""
+        try:
+            data = json.loads(_read_manifest(path))
+        except (InputError, ValueError, RecursionError):
+            return False
+        return isinstance(data, dict) and data.get("tool") == TOOL
 
 
 def _read_manifest(path: Path) -> bytes:
@@ -453,15 +318,3 @@ def _check_external(path: Path, graph: str, files: dict[str, FileInfo]) -> None:
         name = posixpath.normpath(posixpath.join(posixpath.dirname(graph), location))
         if name not in files:
             raise _tampered(path, graph, f"refers to {location!r}, which {MANIFEST_NAME} does not list")
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or directory to the disk, where the system can."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without fsync
-            raise
-    finally:
-        os.close(handle)

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -329,17 +328,22 @@ def _no_collection() -> Iterator[None]:
 
 def _find_graph_calls() -> _GraphCalls | None:
     """Return the graph calls of cuda-python, whose modules moved in version 12.6; None without it."""
-    for module in ("cuda.bindings.driver", "cuda.cuda"):
-        with suppress(ImportError):
-            return _GraphCalls(import_module(module))
-    return None
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        try:
+            from cuda import cuda as driver
+        except ImportError:
+            return None
+    return _GraphCalls(driver)
 
 
 def _import_pycuda() -> Any:
     try:
-        return import_module("pycuda.driver")
+        import pycuda.driver
     except ImportError as error:
         raise missing_package("pycuda", EXTRA, "running a TensorRT engine") from error
+    return pycuda.driver
 
 
 _lock = threading.Lock()

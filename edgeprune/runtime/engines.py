@@ -140,25 +140,38 @@ def find_engines(bundle: Bundle, device: str, compute_capability: str, tensorrt:
         EnvironmentLackError: `engine-missing` when nothing was built, `engine-other-device` when it was built for
             others, `engine-stale` when the index is not understood.
     """
-    engines = bundle.path / ENGINES_FOLDER
-    folder = engines / folder_name(device, tensorrt)
+    folder = bundle.path / ENGINES_FOLDER / folder_name(device, tensorrt)
     if not (folder / INDEX_NAME).is_file():
-        others = sorted(path.parent.name for path in engines.glob(f"*/{INDEX_NAME}"))
+        others = [other.name for other in engine_folders(bundle)]
         if others:
             raise _other_device(bundle, f"are for {', '.join(others)}", device, tensorrt)
         raise engine_missing(bundle, f"{bundle.path} has no engines", device=device, tensorrt=tensorrt)
+    index = read_index(bundle, folder)
+    if (index.device, index.compute_capability, index.tensorrt) != (device, compute_capability, tensorrt):
+        built = f"{index.device} of compute capability {index.compute_capability} with TensorRT {index.tensorrt}"
+        raise _other_device(bundle, f"in {folder} are for {built}", device, tensorrt)
+    return folder, index
+
+
+def engine_folders(bundle: Bundle) -> list[Path]:
+    """Return the folders with engines of a bundle, for whatever device."""
+    return sorted(path.parent for path in (bundle.path / ENGINES_FOLDER).glob(f"*/{INDEX_NAME}"))
+
+
+def read_index(bundle: Bundle, folder: Path) -> EngineIndex:
+    """Return the index in a folder of engines.
+
+    Raises:
+        EnvironmentLackError: `engine-stale` when it is not understood.
+    """
     try:
-        index = EngineIndex.model_validate_json((folder / INDEX_NAME).read_bytes())
+        return EngineIndex.model_validate_json((folder / INDEX_NAME).read_bytes())
     except OSError as error:
         raise engine_stale(bundle, f"{folder / INDEX_NAME} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         first, *more = error.errors(include_url=False, include_input=False)
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" + (f" (and {len(more)} more)" if more else "")
         raise engine_stale(bundle, f"{folder / INDEX_NAME} is not understood: {why}") from error
-    if (index.device, index.compute_capability, index.tensorrt) != (device, compute_capability, tensorrt):
-        built = f"{index.device} of compute capability {index.compute_capability} with TensorRT {index.tensorrt}"
-        raise _other_device(bundle, f"in {folder} are for {built}", device, tensorrt)
-    return folder, index
 
 
 def check_source(bundle: Bundle, info: EngineInfo) -> None:

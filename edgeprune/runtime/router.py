@@ -1,6 +1,7 @@
 """Ways to run a batch through the graphs of a bundle: as a whole, image by image, or each image in its bucket.
 
 All return the same outputs by name. Of an adaptive method, `kept_indices_<s>` are as wide as the stage has slots.
+This file alone is copied into model repositories of Triton, so it imports nothing but numpy.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edgeprune.runtime.manifest import TensorInfo
+if TYPE_CHECKING:
+    from edgeprune.runtime.manifest import TensorInfo
 
 Arrays = dict[str, np.ndarray]
 IMAGES, SLOTS, RANKS, COUNT = "images", "slots", "token_ranks", "token_count"
@@ -36,7 +38,7 @@ class Backend(Protocol):
 
         Args:
             feeds: every input by name: arrays, and handles of the same kind of backend.
-            keep: outputs that are only handed on; as handles they hold until the same backend runs again.
+            keep: outputs that are only handed on; as handles they hold their values as long as somebody holds them.
         """
         ...
 

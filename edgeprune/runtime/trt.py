@@ -49,7 +49,7 @@ class Gpu:
         scratch_bytes: the least scratch memory to take, so that it need not grow.
 
     Raises:
-        EnvironmentLackError: `gpu-missing`, `package-missing`, `tensorrt-missing`.
+        EnvironmentLackError: `gpu-missing`, `package-missing`, `tensorrt-missing`, `tensorrt-unusable`.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,27 @@ class Gpu:
         self._profiles: weakref.WeakSet[EngineProfile] = weakref.WeakSet()
         with self.cuda:
             self.stream = self.cuda.stream()
-            self._runtime = self.trt.Runtime(self.logger)
+            self._runtime = self._start()
+
+    def _start(self) -> Any:
+        """Return TensorRT's runtime. Of a device it cannot use, some versions only log an error, and crash later."""
+        try:
+            runtime = self.trt.Runtime(self.logger)
+        except Exception as error:  # the binding's exceptions share no public base
+            raise self._unusable() from error
+        if self.logger.errors:
+            raise self._unusable()
+        return runtime
+
+    def _unusable(self) -> EnvironmentLackError:
+        device = self.cuda.device
+        return EnvironmentLackError(
+            f"TensorRT {self.version} cannot use {device.name}: {self.why()}",
+            code="tensorrt-unusable",
+            expected="a TensorRT for this GPU and its driver",
+            hint=f"the driver serves CUDA {device.driver or 'of an unknown version'}: install a TensorRT built for it",
+            details={"tensorrt": self.version, "device": device.name, "driver": device.driver},
+        )
 
     @property
     def version(self) -> str:
@@ -128,8 +148,8 @@ class Engines:
         folder, index: other engines than those the bundle holds, such as candidates.
 
     Raises:
-        EnvironmentLackError: `gpu-missing`, `package-missing`, `tensorrt-missing`, `engine-missing`, `engine-stale`,
-            `engine-other-device`.
+        EnvironmentLackError: `gpu-missing`, `package-missing`, `tensorrt-missing`, `tensorrt-unusable`,
+            `engine-missing`, `engine-stale`, `engine-other-device`.
     """
 
     def __init__(self, bundle: Bundle, folder: Path | None = None, index: EngineIndex | None = None) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from edgeprune.errors import EnvironmentLackError
+
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
@@ -60,6 +62,19 @@ class Target:
     def built(self) -> bool:
         """Whether this version of edgeprune can lower to the target."""
         return self.dialect is not None
+
+    def why_not_runnable(self) -> str | None:
+        """Return why bundles for the target cannot run on this machine, None when they can; nothing is loaded."""
+        if self.device is None or not self.built:
+            return self.why_unavailable()
+        from edgeprune.runtime.cuda import find_device
+
+        try:
+            find_device()
+        except EnvironmentLackError as error:
+            return error.message
+        package, extra = {"tensorrt": ("tensorrt", "trt"), "cuda": ("onnxruntime", "cuda")}[self.device]
+        return None if find_spec(package) is not None else f"package '{package}' is missing, see extra '{extra}'"
 
     def why_unavailable(self) -> str | None:
         """Return why the target cannot be used here, None when it can."""

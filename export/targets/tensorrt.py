@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WORDS = {
     "fp32": "float32 throughout, TF32 off",
     "fp16": "float16 with float32 scores and normalisation",
-    "bf16": "bfloat16 with float32 scores and normalisation; from TensorRT 9 on",
+    "bf16": "bfloat16 with float32 scores and normalisation; from TensorRT 10 on",
 }
 
 

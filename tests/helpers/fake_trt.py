@@ -37,6 +37,7 @@ class Faults:
 
     Attributes:
         parse: the node the parser refuses.
+        runtime: the device cannot be used: 8.6 raises, 11.4 logs an error and would crash later.
         build, deserialize, context: the call answers None.
         execute: `execute_async_v3` answers False.
         capture: it does so while the stream is captured.
@@ -44,6 +45,7 @@ class Faults:
     """
 
     parse: str | None = None
+    runtime: bool = False
     build: bool = False
     deserialize: bool = False
     context: bool = False

@@ -26,8 +26,14 @@ def running(fake: FakeTensorRT) -> list[type]:
         def __init__(self, logger: Any) -> None:
             self._logger, self._held = checked_logger(fake, logger), {}
             asked_device(fake, "Runtime")
+            if fake.faults.runtime:
+                fake.error(self._logger, f"CUDA initialization failure with error: 35. {fake.faults.reason}")
+                if fake.old:
+                    raise TypeError("pybind11::init(): factory function returned nullptr")
 
         def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
+            if fake.faults.runtime:
+                raise AssertionError("a real runtime without a device ends the process here")
             fake.calls.append(("deserialize_cuda_engine", len(bytes(serialized_engine))))
             wrong = fake.faults.reason if fake.faults.deserialize else None
             plan: dict[str, Any] = {}

@@ -24,13 +24,14 @@ ALLOWED: dict[str, set[str]] = {
     "pruning": _BASE | {"models"},
     "data": _BASE,
     "runtime": _BASE | {"data", "plugins"},
+    "serving": _BASE | {"runtime", "plugins"},
     "training": _MODEL,
     "convert": _MODEL,
     "checks.compare": _MODEL,
     "export": _MODEL | {"runtime", "checks.compare", "plugins"},
     "checks": _MODEL | {"runtime", "checks.compare", "export"},
     "bench": _MODEL | {"runtime", "checks", "export"},
-    "cli": _MODEL | {"runtime", "checks", "export", "bench", "training", "convert", "plugins"},
+    "cli": _MODEL | {"runtime", "checks", "export", "bench", "training", "convert", "plugins", "serving"},
 }
 # The facade names the public API lazily, and `python -m edgeprune` is the command.
 FACADE = {"edgeprune", "edgeprune.__main__"}
@@ -124,6 +125,14 @@ def users(package: str, within: tuple[str, ...]) -> list[str]:
 def test_onnxruntime_is_imported_by_one_module_of_the_run_time() -> None:
     within = ("edgeprune.runtime", "edgeprune.data", "edgeprune.models", "edgeprune.pruning", "edgeprune.training")
     assert users("onnxruntime", within) == ["edgeprune.runtime.ort"]
+
+
+@pytest.mark.parametrize(
+    ("package", "seam"),
+    [("tensorrt", "plugins.loader"), ("pycuda", "runtime.cuda"), ("cuda", "runtime.cuda")],
+)
+def test_what_drives_a_gpu_is_imported_by_one_module(package: str, seam: str) -> None:
+    assert users(package, ("edgeprune",)) == [f"edgeprune.{seam}"]
 
 
 @pytest.mark.parametrize("package", ["torch", "onnx", "onnx_graphsurgeon", "sklearn", "safetensors"])

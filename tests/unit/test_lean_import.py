@@ -41,6 +41,9 @@ def python(code: str, *args: object) -> str:
         "edgeprune.export.trt.builder",
         "edgeprune.cli.main",
         "edgeprune.cli.build",
+        "edgeprune.cli.doctor",
+        "edgeprune.cli.serve_repo",
+        "edgeprune.serving",
     ],
 )
 def test_import_loads_no_heavy_package(module: str) -> None:

@@ -132,3 +132,27 @@ def test_the_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.bench.fingerprint.find_device", lambda: Device(0, "Orin", (8, 7), 1 << 33, None))
     gpu = {"name": "Orin", "compute_capability": "8.7", "memory_mib": 8192, "driver": None}
     assert env.describe_gpu() == {"gpu": gpu}
+
+
+def test_a_jetson_names_release_power_mode_and_heat(tmp_path: Path) -> None:
+    files = {
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic, EABI: aarch64",
+        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >",
+        "var/lib/nvpmodel/status": "pmode:0002",
+        "sys/class/devfreq/17000000.gpu/min_freq": "624750000",
+        "sys/class/devfreq/17000000.gpu/max_freq": "624750000",
+        "sys/class/thermal/thermal_zone0/type": "cpu-thermal",
+        "sys/class/thermal/thermal_zone0/temp": "52031",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert env.describe_board(tmp_path) == {
+        "temperature_c": 52.031,
+        "throttled": None,
+        "jetson": {"l4t": "36.4.3", "jetpack": "6.1 or 6.2", "nvpmodel": "2 MAXN_SUPER", "jetson_clocks": True},
+    }
+
+
+def test_another_machine_is_no_jetson(tmp_path: Path) -> None:
+    assert env.describe_board(tmp_path) == {"temperature_c": None, "throttled": None}

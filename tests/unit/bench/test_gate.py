@@ -115,6 +115,7 @@ def test_floor_raises_the_limit() -> None:
     "changes",
     [
         {"fingerprint": {"cpu_model": "another"}},
+        {"fingerprint": {"cpu_model": "some", "jetson": {"nvpmodel": "2 15W"}}},
         {"batch": 8},
         {"threads": 4},
         {"fingerprint": {"cpu_model": "some", "packages": {"tensorrt": "10.3.0"}}},

@@ -268,6 +268,12 @@ def test_library_for_a_tensorrt_that_cannot_load_any_registers_itself(
     assert ("-DEDGEPRUNE_SELF_REGISTER=ON" in commands(log)[0]) is asked
 
 
+def test_a_library_can_be_asked_to_register_itself(log: Path, home: Path) -> None:
+    roots = (write_headers(home / "given", 10, 3),)
+    build_plugins(BuildRequest("orin", tensorrt_roots=roots, self_register=True))
+    assert "-DEDGEPRUNE_SELF_REGISTER=ON" in commands(log)[0]
+
+
 def test_installed_package_says_where_the_sources_are(log: Path, home: Path) -> None:
     (home / "checkout/plugins/CMakeLists.txt").unlink()
     with pytest.raises(EnvironmentLackError, match="sources") as caught:

@@ -28,6 +28,7 @@ from tests.helpers.bundles import write_tiny
 from tests.helpers.engines import EngineSpec, copy_bundle, own_engines, write_engines
 from tests.helpers.fake_cuda import LAYOUTS
 from tests.helpers.fake_trt import VERSIONS, FakeTensorRT, install, other_process
+from tests.helpers.tensorrt import empty_machine
 
 ROOT = Path(__file__).resolve().parents[3]
 BATCH = 4
@@ -484,6 +485,12 @@ def test_without_a_package(fake: FakeTensorRT, tiny: Bundle, monkeypatch: pytest
     assert error.code == expected[package][0] and expected[package][1] in str(error.hint)
 
 
+def test_a_driver_that_is_too_old(fake: FakeTensorRT, tiny: Bundle) -> None:
+    fake.faults.runtime = True
+    error = refused(lambda: Session(tiny))
+    assert error.code == "tensorrt-unusable" and "error: 35" in error.message and "CUDA 12.6" in str(error.hint)
+
+
 def test_without_cuda_python_engines_run_without_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = install(monkeypatch, layout=None)
     bundle = write_tiny(tmp_path / "bundle", (1, BATCH), target="trt-fp32")
@@ -599,7 +606,10 @@ def test_no_memory_is_left(fake: FakeTensorRT, tiny: Bundle) -> None:
     assert error.details["free"] == 4000
 
 
-def test_the_plugin_is_loaded_first(fake: FakeTensorRT, tiny: Bundle, tmp_path: Path) -> None:
+def test_the_plugin_is_loaded_first(
+    fake: FakeTensorRT, tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty_machine(tmp_path / "home", monkeypatch)
     specs = [EngineSpec(g, ((g, 1, None),), ("TopKGather",)) for g in ("model", "dense")]
     write_engines(tiny, fake, specs)
     assert Session(tiny).run(tiny_images(1)).logits.shape == (1, 4)
@@ -673,3 +683,24 @@ print(Session(sys.argv[1]).run(numpy.zeros((1, 3, 8, 8), numpy.float32)).logits.
         [sys.executable, "-c", code, str(bundle.path)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout == "(1, 4)\n", done.stderr
+
+
+def test_a_timer_is_told_the_time_on_the_device(
+    fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    from edgeprune.runtime.timing import DeviceTimer
+
+    bundle = copy_bundle(exported("densities"), tmp_path / "bundle")
+    write_engines(bundle, fake, own_engines(bundle, (1, BATCH)))
+    session, timer = Session(bundle), DeviceTimer()
+    assert session.time_device(timer) is True
+    images = images_of(1)
+    for _ in range(3):
+        session.run(images)
+        told = timer.take()
+        assert told is not None
+        assert told[0] == 0.25  # what the stand-in says of any two events
+        assert told[1] >= 0
+    session.time_device(None)
+    session.run(images)
+    assert timer.take() is None

@@ -1,0 +1,68 @@
+"""From a checkpoint to engines that run, with the commands a user types, on stand-ins of TensorRT and CUDA.
+
+The stand-ins compute with ONNX Runtime, so that the numbers are those of the typed graphs.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Cli, Outcome, write_image
+from tests.helpers import fake_trt
+from tests.helpers.tensorrt import empty_machine
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
+
+
+@pytest.fixture(params=fake_trt.VERSIONS)
+def device(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make this machine, and the building processes it starts, one with a GPU and a TensorRT with the plugin."""
+    empty_machine(tmp_path / "home", monkeypatch)
+    fake_trt.install(monkeypatch, request.param)
+    environment = fake_trt.other_process(tmp_path / "site", request.param)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([environment["PYTHONPATH"], os.environ.get("PYTHONPATH", "")]))
+    return request.param
+
+
+def ok(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.code == 0, outcome.err
+    return outcome.json["results"]
+
+
+CASES = {
+    "evit": ("--method", "evit", "--keep-rate", "0.7", "--token-outputs"),
+    "ats": ("--method", "ats", "--buckets", "8,16", "--token-outputs"),
+    "densities": ("--method", "dynamicvit", "--keep-rate", "1.0,0.5"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::edgeprune.errors.EdgepruneWarning")  # stand-ins fuse nothing
+@pytest.mark.parametrize("case", CASES)
+def test_export_builds_and_everything_else_runs_the_engines(cli: Cli, device: str, case: str, tmp_path: Path) -> None:
+    method = CASES[case][1]
+    out, checkpoint = tmp_path / "bundle", CHECKPOINTS / f"vit_digits_{method}.safetensors"
+    made = ok(
+        cli("export", "-m", "vit_digits", *CASES[case], "--checkpoint", checkpoint, "--target", "trt-fp16",
+            "--batch", "1:2", "--no-verify", "-o", out, "--json")
+    )  # fmt: skip
+    index = made["engines"]
+    assert index["tensorrt"] == device
+    assert {choice["what"] for choice in index["choices"]} >= ({"engines"} if case == "ats" else {"selection"})
+    graphs = {profile["graph"] for engine in index["engines"] for profile in engine["profiles"]}
+    wanted = {"evit": {"model", "dense", "random"}, "densities": {"model", "dense"}}
+    assert wanted.get(case, {"stem", "rest_8", "rest_16", "dense"}) <= graphs
+    assert list(ok(cli("inspect", out, "--json"))["engines"].values()) == [index]
+    verified = ok(cli("verify", out, "--checkpoint", checkpoint, "--images", "4", "--json"))
+    assert verified["emulated"] is None and verified["parity"]["top1_agreement"] == 1.0
+    image = write_image(tmp_path / "image.png", "RGB")
+    for density in ("1.0", "0.5") if case == "densities" else (None,):
+        found = ok(cli("run", out, image, "--json", *(() if density is None else ("--density", density))))
+        assert len(found["images"]) == 1
+    accuracy = ok(cli("evaluate", out, "--data", "digits", "--limit", "60", "--json"))
+    assert accuracy["emulated"] is None
+    assert all(graph["top1"] > 0.8 for graph in accuracy["graphs"].values())
