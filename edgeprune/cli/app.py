@@ -32,6 +32,7 @@ VERBS = {
     "verify": "Compare a bundle with PyTorch on fresh inputs.",
     "bench": "Measure pruned against dense, interleaved.",
     "report": "Write results as one HTML file.",
+    "compare": "Fail when a bundle got slower or worse, beyond noise.",
     "inspect": "Show what a bundle holds.",
     "evaluate": "Accuracy of a bundle on labelled images.",
     "search": "Find keep rates and stages by measured latency.",
