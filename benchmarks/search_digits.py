@@ -47,12 +47,8 @@ def search(method: str, arguments: argparse.Namespace) -> SearchResult:
 
 def compare(result: SearchResult) -> list[dict[str, Any]]:
     """Return for every uniform schedule what the search chooses for its latency, and both accuracies."""
-    pairs = []
-    for uniform in result.uniform:
-        within = [row for row in result.frontier if row.predicted_ms <= uniform.predicted_ms]
-        if within:
-            pairs.append({"uniform": asdict(uniform), "searched": asdict(within[-1])})
-    return pairs
+    both = zip(result.uniform, result.instead, strict=True)
+    return [{"uniform": asdict(uniform), "searched": asdict(searched)} for uniform, searched in both]
 
 
 def rows(pairs: list[dict[str, Any]]) -> list[dict[str, str]]:

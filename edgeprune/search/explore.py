@@ -114,23 +114,34 @@ def clearly_better(one: Judgement, other: Judgement) -> bool:
 
 
 def best_within(found: Sequence[Found], budget_ms: float) -> Found | None:
-    """Return the most accurate within a budget; the best uniform one unless another is clearly better.
+    """Return the schedule for a budget: the slowest uniform one within it, unless another is clearly better.
 
-    None when all take longer. Choosing the highest of many noisy accuracies would choose luck.
+    Choosing the highest of many noisy accuracies would choose luck; where nothing tells schedules apart, the one that
+    keeps most tokens is the safer one. None when all take longer.
     """
     within = [f for f in found if f.ms <= budget_ms]
-    if not within:
-        return None
-    best = max(within, key=lambda f: f.judgement.score)
-    uniform = max((f for f in within if f.label is not None), key=lambda f: f.judgement.score, default=None)
-    return best if uniform is None or clearly_better(best.judgement, uniform.judgement) else uniform
+    uniform = max((f for f in within if f.label is not None), key=lambda f: (f.ms, f.judgement.score), default=None)
+    return _unless_better(within, uniform)
 
 
 def frontier(found: Sequence[Found]) -> list[Found]:
-    """Return what `best_within` chooses for every budget, the fastest first; each is more accurate than the last."""
+    """Return the schedules worth having, the fastest first; each scores more than the last.
+
+    A uniform one has its place unless another that is no slower is clearly better than the best uniform one.
+    """
     chosen: list[Found] = []
     for limit in sorted({f.ms for f in found}):
-        best = best_within(found, limit)
+        within = [f for f in found if f.ms <= limit]
+        uniform = max((f for f in within if f.label is not None), key=lambda f: f.judgement.score, default=None)
+        best = _unless_better(within, uniform)
         if best is not None and (not chosen or best.judgement.score > chosen[-1].judgement.score):
             chosen.append(best)
     return chosen
+
+
+def _unless_better(within: Sequence[Found], uniform: Found | None) -> Found | None:
+    """Return the uniform schedule unless the best of all is clearly better."""
+    best = max(within, key=lambda f: f.judgement.score, default=None)
+    if best is None or uniform is None or clearly_better(best.judgement, uniform.judgement):
+        return best
+    return uniform

@@ -112,17 +112,27 @@ def time_networks(
             session = open_session(bundle, name, threads=threads)
             runners[name] = lambda session=session, name=name: session.run(images[name])  # type: ignore[misc]
         measured = measure(runners, plan, progress=_share(report, number, len(groups)))
-        times = {name: median_ms(measured, name, threads) for name in runners}
+        times = steady_ms(measured, threads)
         first = first or times[DENSE]
         found |= {name: ms * first / times[DENSE] for name, ms in times.items()}
     return found
 
 
-def median_ms(measured: Measurement, name: str, threads: int) -> float:
-    """Return a runner's milliseconds of one call: the median over blocks, on the clock for so many threads."""
-    samples = measured.samples[name]
-    times = samples.cpu_ms if ratio_clock(threads) == "cpu" else samples.wall_ms
-    return stats.median(stats.block_values(times, measured.calls_per_visit))
+def steady_ms(measured: Measurement, threads: int) -> dict[str, float]:
+    """Return every runner's milliseconds of one call, on the clock for so many threads: the median over blocks.
+
+    Runners that take turns meet the same machine, so what slows all of a block down, by the median over them, is taken
+    out of it first.
+    """
+    cpu = ratio_clock(threads) == "cpu"
+    blocks = np.array(
+        [
+            stats.block_values(samples.cpu_ms if cpu else samples.wall_ms, measured.calls_per_visit)
+            for samples in measured.samples.values()
+        ]
+    )
+    pace = np.median(blocks / np.median(blocks, axis=1, keepdims=True), axis=0)
+    return dict(zip(measured.samples, np.median(blocks / pace, axis=1).tolist(), strict=True))
 
 
 def _share(report: Report, number: int, groups: int) -> Report:

@@ -24,7 +24,7 @@ from edgeprune.pruning.base import Stage, StageRequest
 from edgeprune.runtime.manifest import PreprocessInfo
 from edgeprune.search.accuracy import Images, Judge, Judgement
 from edgeprune.search.explore import Found, best_within, explore, frontier, layers
-from edgeprune.search.networks import DENSE, Report, median_ms, networks, plan_of, time_networks
+from edgeprune.search.networks import DENSE, Report, networks, plan_of, steady_ms, time_networks
 from edgeprune.search.recipe import Expected, Provenance, Recipe, RecipeStage, RecipeWeights, TableInfo
 from edgeprune.search.request import SearchRequest, check_request
 from edgeprune.search.space import Candidate, Space, make_space
@@ -76,6 +76,7 @@ class SearchResult:
         dense: every token stays; the measure of `drop`.
         frontier: the schedules worth having, the fastest first.
         uniform: the method's own schedules.
+        instead: for each of them what the search chooses for exactly its latency.
         finalists: those that were exported and measured.
         chosen: the answer; None with the reason in `why_none`.
         drift: how much slower the dense graph was while the finalists were measured than with the table.
@@ -87,6 +88,7 @@ class SearchResult:
     dense: Row
     frontier: list[Row]
     uniform: list[Row]
+    instead: list[Row]
     finalists: list[Row]
     chosen: Row | None
     why_none: str | None
@@ -100,9 +102,22 @@ class SearchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        names = ("frontier", "uniform", "finalists", "why_none", "drift", "evaluated", "networks", "images", "warnings")
+        names = (
+            "frontier",
+            "uniform",
+            "instead",
+            "finalists",
+            "why_none",
+            "drift",
+            "evaluated",
+            "networks",
+            "images",
+            "warnings",
+        )
         plain = {name: getattr(self, name) for name in names}
-        plain |= {name: [asdict(row) for row in plain[name]] for name in ("frontier", "uniform", "finalists")}
+        plain |= {
+            name: [asdict(row) for row in plain[name]] for name in ("frontier", "uniform", "instead", "finalists")
+        }
         return {
             **plain,
             "test_images": self.test_images,
@@ -224,6 +239,8 @@ class Search:
         again = self.judge_on_all(found)
         dense = self.judge.judge(())
         front = frontier(again)
+        own = [f for f in again if f.label is not None]
+        instead = [best_within(again, f.ms) or f for f in own]
         finalists = self.choose_finalists(again, front)
         self.report("exporting and measuring the finalists", 0.8)
         measured, dense_now = self.measure_finalists(finalists)
@@ -234,7 +251,7 @@ class Search:
         dense_row = Row(DENSE, None, {}, [], [], dense_ms, dense.top1, 0.0, dense_now)
         if self.tested is not None:
             dense_row.test_top1 = self.tested.judge(()).top1
-            for f in (*finalists, *front, *(f for f in again if f.label is not None)):
+            for f in (*finalists, *front, *own, *instead):
                 rows[f.candidate].test_top1 = self.tested.judge(space.stages(f.candidate)).top1
         # on the machine as it was when the table was measured, or noise would decide what meets the budget
         real = [replace(f, ms=ms / drift) for f, ms in zip(finalists, measured, strict=True)]
@@ -242,7 +259,8 @@ class Search:
         chosen = None if answer is None else rows[answer.candidate]
         result = SearchResult(
             request, table, dense_row, [rows[f.candidate] for f in front],
-            [rows[f.candidate] for f in again if f.label is not None], [rows[f.candidate] for f in finalists],
+            [rows[f.candidate] for f in own], [rows[f.candidate] for f in instead],
+            [rows[f.candidate] for f in finalists],
             chosen, why, drift, len(found), count, len(self.images), None if self.test is None else len(self.test),
             warnings=self.warnings,
         )  # fmt: skip
@@ -340,7 +358,7 @@ class Search:
                     runners[DENSE] = pass_runner(_dense_session(bundle, request.threads), batches)
                 runners[str(i)] = session_runner(bundle, "model", *batches, threads=request.threads)
             measured = measure(runners, QUICK_PLAN if request.quick else TABLE_PLAN).per_run(len(batches))
-            times = {name: median_ms(measured, name, request.threads) for name in runners}
+            times = steady_ms(measured, request.threads)
         return [times[str(i)] for i in range(len(finalists))], times[DENSE]
 
     def answer(

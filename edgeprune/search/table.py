@@ -19,6 +19,8 @@ from edgeprune.export.plan import Block, Plan, Restore, Rows, Select, rows_count
 
 Row = NDArray[np.float64]
 
+OUTLIER = 0.03  # relative error from which on a network counts less, in proportion
+REWEIGHTINGS = 3
 SMOOTHNESS = 0.02  # weight of the second differences of the curve, relative to one measured network
 # what a network has besides its blocks
 BASE, STAGES, STAGE_TOKENS, STAGE_PAIRS, LAST_TOKENS, RESTORED, FUSED = range(7)
@@ -155,9 +157,12 @@ def _fit(design: Row, ms: Row, tokens: Sequence[int]) -> Row:
     # slopes in units of the mean time by token, so that the weight means the same for every network
     rough *= SMOOTHNESS * at[-1] * design[:, :n].sum(1).mean() / ms.mean()
     scale = np.maximum(np.abs(scaled).max(0), 1e-12)
-    stacked = np.concatenate([scaled / scale, rough / scale])
-    wanted = np.concatenate([np.ones(len(ms)), np.zeros(len(rough))])
-    return turn @ (non_negative(stacked, wanted) / scale)
+    wanted, weights, found = np.ones(len(ms)), np.ones(len(ms)), np.zeros(0)
+    for _ in range(REWEIGHTINGS):  # a network that was measured while the machine was busy shall not bend the others
+        stacked = np.concatenate([scaled / scale * weights[:, None], rough / scale])
+        found = non_negative(stacked, np.concatenate([wanted * weights, np.zeros(len(rough))])) / scale
+        weights = np.sqrt(np.minimum(1.0, OUTLIER / np.maximum(np.abs(scaled @ found - 1), 1e-12)))
+    return turn @ found
 
 
 def non_negative(matrix: Row, wanted: Row) -> Row:

@@ -80,3 +80,12 @@ def test_non_negative_least_squares() -> None:
     x = non_negative(matrix, matrix @ np.array([1.0, -2, 1, -1, 1, -3]))
     gradient = matrix.T @ (matrix @ np.array([1.0, -2, 1, -1, 1, -3]) - matrix @ x)
     assert (x >= 0).all() and (gradient[x == 0] <= 1e-8).all() and np.allclose(gradient[x > 0], 0, atol=1e-8)
+
+
+def test_one_network_measured_while_the_machine_was_busy() -> None:
+    seen = truth(noise=0.01)
+    exact = LatencyTable.fitted(truth(), TOKENS)
+    seen[20] = Observation(seen[20].plan, 1.5 * seen[20].ms)
+    table = LatencyTable.fitted(seen, TOKENS)
+    for plan in PLANS[:10]:
+        assert table.predict([plan]) == pytest.approx(exact.predict([plan]), rel=0.03)
