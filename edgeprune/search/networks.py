@@ -14,15 +14,15 @@ import numpy as np
 from edgeprune.bench import stats
 from edgeprune.bench.bench import ratio_clock
 from edgeprune.bench.measure import Measurement, MeasurePlan, Runner, measure
-from edgeprune.bench.runners import open_session
-from edgeprune.export.api import count_macs, preprocessing
+from edgeprune.bench.runners import open_session, pass_runner
+from edgeprune.export.api import count_macs, preprocessing, stage_infos
 from edgeprune.export.graphs import form_options, make_plan
 from edgeprune.export.plan import Plan
 from edgeprune.export.request import Resolved
 from edgeprune.pruning.base import Stage
 from edgeprune.pruning.counts import StageCounts
 from edgeprune.runtime.bundle import Bundle
-from edgeprune.runtime.manifest import Manifest
+from edgeprune.runtime.manifest import Manifest, StageInfo
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def networks(resolved: Resolved, model: PrunedViT, schedules: Mapping[str, Stage
             "dead_rows": resolved.request.dead_rows,
             "macs": count_macs(resolved, ()),
             "graphs": writer.infos,
+            "adaptive": None if resolved.form is None else {"form": resolved.form},
             "preprocessing": preprocessing(resolved.config),
         }
         yield Bundle(path, Manifest.model_validate(fields))
@@ -82,7 +83,8 @@ def networks(resolved: Resolved, model: PrunedViT, schedules: Mapping[str, Stage
 
 def time_networks(
     bundle: Bundle,
-    images: Mapping[str, np.ndarray],
+    schedules: Mapping[str, Stages],
+    images: Mapping[str, Sequence[np.ndarray]],
     plan: MeasurePlan,
     *,
     threads: int,
@@ -95,7 +97,8 @@ def time_networks(
 
     Args:
         bundle: holds the graphs.
-        images: what each graph runs on, [B, C, H, W].
+        schedules: stages of all but the dense one.
+        images: what each graph runs on, one after the other, each [B, C, H, W].
         plan: of every group.
         threads: of every session.
         report: called with (step, share done).
@@ -109,10 +112,10 @@ def time_networks(
     for number, group in enumerate(groups):
         runners: dict[str, Runner] = {}
         for name in (DENSE, *group):
-            session = open_session(bundle, name, threads=threads)
-            runners[name] = lambda session=session, name=name: session.run(images[name])  # type: ignore[misc]
+            session = open_session(*_alone(bundle, name, schedules.get(name, ())), threads=threads)
+            runners[name] = pass_runner(session, images[name])
         measured = measure(runners, plan, progress=_share(report, number, len(groups)))
-        times = steady_ms(measured, threads)
+        times = {name: ms / len(images[name]) for name, ms in steady_ms(measured, threads).items()}
         first = first or times[DENSE]
         found |= {name: ms * first / times[DENSE] for name, ms in times.items()}
     return found
@@ -133,6 +136,16 @@ def steady_ms(measured: Measurement, threads: int) -> dict[str, float]:
     )
     pace = np.median(blocks / np.median(blocks, axis=1, keepdims=True), axis=0)
     return dict(zip(measured.samples, np.median(blocks / pace, axis=1).tolist(), strict=True))
+
+
+def _alone(bundle: Bundle, name: str, stages: Stages) -> tuple[Bundle, str]:
+    """Return a bundle and its graph to open: where shapes follow the image the model, which is run image by image."""
+    manifest = bundle.manifest
+    if manifest.adaptive is None or not stages:
+        return bundle, name
+    method = manifest.method.model_copy(update={"stages": [StageInfo(**info) for info in stage_infos(stages)]})
+    fields = {"graphs": {"model": manifest.graphs[name]}, "method": method}
+    return Bundle(bundle.path, manifest.model_copy(update=fields)), "model"
 
 
 def _share(report: Report, number: int, groups: int) -> Report:

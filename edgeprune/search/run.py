@@ -293,18 +293,18 @@ class Search:
         request, batch = self.request, self.resolved.request.batch[0]
         schedules = {f"network_{i}": self.space.stages(c) for i, c in enumerate(designs(self.space, request))}
         pool = self.subset.data.images
-        images = {DENSE: _some(pool, 0, batch)}
-        images |= {name: _some(pool, i if self.adaptive else 0, batch) for i, name in enumerate(schedules)}
+        images = {DENSE: [_some(pool, 0, batch)]}
+        several = range(min(PASS_IMAGES, len(pool)))  # each with shapes of its own, as when it is used
+        for name, stages in schedules.items():
+            images[name] = [_some(pool, i, batch) for i in several] if self.follows(stages) else images[DENSE]
         self.report("writing networks for the latency table", 0.05)
         with networks(self.resolved, self.model, schedules) as bundle:
             times = time_networks(
-                bundle, images, QUICK_PLAN if request.quick else TABLE_PLAN, threads=request.threads,
+                bundle, schedules, images, QUICK_PLAN if request.quick else TABLE_PLAN, threads=request.threads,
                 report=lambda step, share: self.report(step, 0.1 + 0.2 * share),
             )  # fmt: skip
-        seen = [Observation(plan_of(self.resolved, ()), times[DENSE])]
-        for i, (name, stages) in enumerate(schedules.items()):
-            counts = self.subset.counts(stages)[i % len(pool)] if self.follows(stages) else None
-            seen.append(Observation(plan_of(self.resolved, stages, counts), times[name]))
+        seen = [Observation(self.plans(()), times[DENSE])]
+        seen += [Observation(self.plans(s)[: len(images[name])], times[name]) for name, s in schedules.items()]
         P, N = self.resolved.config.num_prefix_tokens, self.resolved.config.num_patches
         tokens = sorted({P + max(1, round(N * i / KNOTS)) for i in range(1, KNOTS + 1)})
         return LatencyTable.fitted(seen, tokens, clock=ratio_clock(request.threads)), times[DENSE], len(seen)

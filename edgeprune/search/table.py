@@ -37,9 +37,9 @@ EXTRAS = (
 
 @dataclass(frozen=True)
 class Observation:
-    """A measured network: what it is made of, and what it took."""
+    """A measured network: what it is made of, for each image it was run on in turn, and what one run took."""
 
-    plan: Plan
+    plans: Sequence[Plan]
     ms: float
 
 
@@ -63,8 +63,7 @@ class LatencyTable:
 
     def predict(self, plans: Sequence[Plan]) -> float:
         """Return the milliseconds of a network, the mean over the plans of several images."""
-        rows = np.mean([features(plan, self.tokens) for plan in plans], axis=0)
-        return float(rows @ np.array([*self.block_ms, *self.extras_ms]))
+        return float(_mean_features(plans, self.tokens) @ np.array([*self.block_ms, *self.extras_ms]))
 
     def block(self, rows: int) -> float:
         """Return the milliseconds of one block with so many rows."""
@@ -90,7 +89,7 @@ class LatencyTable:
                 expected="at least three, each with a time above zero",
             )
         knots = tuple(tokens)
-        design = np.array([features(o.plan, knots) for o in seen])
+        design = np.array([_mean_features(o.plans, knots) for o in seen])
         values = _fit(design, ms, knots)
         errors = tuple(
             float(design[i] @ _fit(np.delete(design, i, 0), np.delete(ms, i), knots) / ms[i] - 1)
@@ -127,6 +126,10 @@ def features(plan: Plan, tokens: Sequence[int]) -> Row:
         for share, rows in shares:
             curve += share / widths * _weights(rows, tokens)
     return row
+
+
+def _mean_features(plans: Sequence[Plan], tokens: Sequence[int]) -> Row:
+    return np.mean([features(plan, tokens) for plan in plans], axis=0)
 
 
 def _weights(rows: float, tokens: Sequence[int]) -> Row:

@@ -26,14 +26,16 @@ def truth(noise: float = 0.0) -> list[Observation]:
     extras[:3] = 0.2, 0.02, 0.0004
     rng = np.random.default_rng(0)
     exact = [features(plan, TOKENS) @ np.concatenate([curve, extras]) for plan in PLANS]
-    return [Observation(p, float(ms * (1 + noise * rng.standard_normal()))) for p, ms in zip(PLANS, exact, strict=True)]
+    return [
+        Observation([p], float(ms * (1 + noise * rng.standard_normal()))) for p, ms in zip(PLANS, exact, strict=True)
+    ]
 
 
 def test_table_predicts_networks_it_has_not_seen() -> None:
     seen = truth()
     table = LatencyTable.fitted(seen[:30], TOKENS)
     for o in seen[30:]:
-        assert table.predict([o.plan]) == pytest.approx(o.ms, rel=0.02)
+        assert table.predict(o.plans) == pytest.approx(o.ms, rel=0.02)
     assert max(map(abs, table.errors)) < 0.05
 
 
@@ -69,7 +71,7 @@ def test_fewer_tokens_are_never_slower() -> None:
 @pytest.mark.parametrize("ms", [0.0, -1.0, float("nan")])
 def test_times_that_are_none(ms: float) -> None:
     with pytest.raises(InputError) as caught:
-        LatencyTable.fitted([Observation(p, ms) for p in PLANS[:5]], TOKENS)
+        LatencyTable.fitted([Observation([p], ms) for p in PLANS[:5]], TOKENS)
     assert caught.value.code == "latency-table"
 
 
@@ -85,7 +87,7 @@ def test_non_negative_least_squares() -> None:
 def test_one_network_measured_while_the_machine_was_busy() -> None:
     seen = truth(noise=0.01)
     exact = LatencyTable.fitted(truth(), TOKENS)
-    seen[20] = Observation(seen[20].plan, 1.5 * seen[20].ms)
+    seen[20] = Observation(seen[20].plans, 1.5 * seen[20].ms)
     table = LatencyTable.fitted(seen, TOKENS)
     for plan in PLANS[:10]:
         assert table.predict([plan]) == pytest.approx(exact.predict([plan]), rel=0.03)
