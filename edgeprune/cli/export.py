@@ -13,7 +13,7 @@ from edgeprune.cli.common import verb
 from edgeprune.cli.recipe import apply_recipe, weights_differ
 from edgeprune.cli.show import bucket_rows, files_words, plan_summary, stage_rows, summary
 from edgeprune.cli.ui import Ui, pairs
-from edgeprune.errors import EnvironmentLackError, InputError
+from edgeprune.errors import InputError
 from edgeprune.runtime.manifest import StageInfo
 from edgeprune.search.recipe import Recipe, load_recipe
 
@@ -165,15 +165,13 @@ def _why_no_engine(target: str, *, required: bool, wanted: bool) -> str | None:
         return "the target has none"
     if not wanted:
         return "--no-engine"
-    from edgeprune.export.trt.machine import find_machine
+    if required:
+        from edgeprune.export.trt.machine import find_machine
 
-    try:
         find_machine()
-    except EnvironmentLackError as error:
-        if required:
-            raise
-        return error.message
-    return None
+    from edgeprune.export.trt import can_build_here
+
+    return can_build_here()
 
 
 def _build(ui: Ui, bundle: Bundle) -> EngineIndex:
