@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from _common import Goal, Images, add_output_options, exact, markdown_table, say, write_result
+from _sharpened import SHARPNESS, write_sharpened
 from PIL import Image
-from safetensors.torch import save_file
 
 from edgeprune.checks.compare import jaccard
 from edgeprune.data import open_dataset
@@ -49,7 +48,9 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=["fp16", "bf16"], default=["fp16", "bf16"])
     parser.add_argument("--images", type=int, default=2000, help="of the digits task (default: 2000)")
     parser.add_argument("--crops", type=int, default=128, help="of the photographs (default: 128)")
-    parser.add_argument("--sharpness", type=float, default=3.0, help="factor of DeiT's attention logits (default: 3)")
+    parser.add_argument(
+        "--sharpness", type=float, default=SHARPNESS, help="factor of DeiT's attention logits (default: 3)"
+    )
     add_output_options(parser)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -102,12 +103,8 @@ def sharpened(method: str, sharpness: float, folder: Path) -> Path:
     """Write random weights of DeiT whose queries and keys are scaled up, and return the file."""
     rate = {"keep_rate": KEEP_RATE[method]} if method in KEEP_RATE else {}
     model, _, _ = load_reference(resolve(ExportRequest(model=DEIT, method=method, random_weights=True, **rate)))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("attn.qkv.weight"):
-                weight[: 2 * len(weight) // 3] *= sharpness**0.5
     path = folder / f"{method}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    write_sharpened(model, sharpness, path)
     return path
 
 

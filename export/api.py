@@ -301,7 +301,7 @@ def verify_fields(bundle: Bundle, model: PrunedViT, resolved: Resolved) -> dict[
     from edgeprune.export.emulate import forms_of, open_emulated
 
     fields: dict[str, Any] = {}
-    for _, form in forms_of(bundle):
+    for form in forms_of(bundle):
         found = verify_form(open_session(form, open_graph=open_emulated), model, resolved)
         fields = fields or found
     return fields

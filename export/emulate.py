@@ -42,21 +42,18 @@ def open_emulated(path: Path, **options: Any) -> OrtBackend:
     return backend
 
 
-def forms_of(bundle: Bundle) -> Iterator[tuple[str, Bundle]]:
-    """Yield every form in which a device may run a bundle, with its name: as it is, with plugin nodes, told."""
+def forms_of(bundle: Bundle) -> Iterator[Bundle]:
+    """Yield a bundle in every form in which a device may run it: as it is, with plugin nodes, told its sizes."""
     manifest = bundle.manifest
-    yield "", bundle
+    yield bundle
     variants = {g.variant_of: g for g in manifest.graphs.values() if g.variant_of is not None}
     if variants:
-        yield (
-            "with plugin nodes",
-            replace(bundle, manifest=manifest.model_copy(update={"graphs": {**manifest.graphs, **variants}})),
-        )
+        yield replace(bundle, manifest=manifest.model_copy(update={"graphs": {**manifest.graphs, **variants}}))
     adaptive = manifest.adaptive
     if adaptive is not None and adaptive.told is not None:
         buckets = [bucket.model_copy(update={"graph": adaptive.told}) for bucket in adaptive.buckets]
         told = adaptive.model_copy(update={"buckets": buckets})
-        yield "told its sizes", replace(bundle, manifest=manifest.model_copy(update={"adaptive": told}))
+        yield replace(bundle, manifest=manifest.model_copy(update={"adaptive": told}))
 
 
 def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
