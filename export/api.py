@@ -161,7 +161,8 @@ def export_model(request: ExportRequest, out: Path | str, *, progress: Progress 
     Raises:
         InputError: when the request, the checkpoint or the output does not fit.
         EnvironmentLackError: when a package is missing or the disk is full.
-        BuildError: `lint`, or `parity` when the graph does not agree with PyTorch.
+        BuildError: `lint`, `kernels`, or `parity` when the graph does not agree with PyTorch.
+        CheckFailed: `max-drop` when quantization costs more than the request allows.
     """
     report = progress or silent
     report("checking the request", 0.0)
@@ -195,17 +196,24 @@ def write_bundle(
 
     request, config = resolved.request, resolved.config
     model = model.with_stages(resolved.stages)
-    adaptive = None
+    adaptive, quantized = None, None
+    image_info = PreprocessInfo.model_validate(preprocessing(config))
+    if resolved.target.quantizes:
+        from edgeprune.export.quantize import quantize
+
+        quantized = quantize(resolved, model, image_info, lambda step, share: report(step, 0.05 + 0.15 * share))
+        warnings = [*warnings, *quantized.warnings]
     with WeightStore(writer.path / "model.onnx.data") as store:
         graphs = GraphWriter(resolved, weight_arrays(model), store, writer.path)
+        if quantized is not None:
+            graphs.pruned, graphs.dense = quantized.pruned, quantized.dense
         plans, of_density = whole_plans(resolved)
         for step, (name, plan) in enumerate(plans.items()):
             report(f"lowering {name}.onnx", 0.2 + 0.2 * step / len(plans))
             graphs.write([name], plan)
         if resolved.form == "buckets":
             report("lowering stem and rest", 0.4)
-            info = PreprocessInfo.model_validate(preprocessing(config))
-            adaptive = graphs.write_buckets(model, info, lambda step, share: report(step, 0.4 + 0.25 * share))
+            adaptive = graphs.write_buckets(model, image_info, lambda step, share: report(step, 0.4 + 0.25 * share))
             warnings = [*warnings, *bucket_warnings(adaptive, resolved.target)]
         elif resolved.form is not None:
             adaptive = AdaptiveInfo.model_validate({"form": resolved.form})
@@ -231,6 +239,7 @@ def write_bundle(
         "batch": request.batch,
         "lowering": "emitted",
         "selection": resolved.selection if resolved.stages else "none",
+        "quantization": None if quantized is None else quantized.info,
         "dead_rows": request.dead_rows,
         "macs": count_macs(resolved, resolved.stages),
         "graphs": graphs.infos,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,9 +53,13 @@ class ImageSet:
         """Return the images in groups for the torch model."""
         return [self.images[group] for group in self.groups(CHUNK)]
 
+    def places(self, count: int) -> NDArray[np.int64]:
+        """Return the places of some images, spread evenly."""
+        return np.arange(min(count, len(self))) * len(self) // min(count, len(self))
+
     def first(self, count: int) -> ImageSet:
         """Return some of the images, spread evenly."""
-        at = np.arange(min(count, len(self))) * len(self) // min(count, len(self))
+        at = self.places(count)
         return ImageSet(self.name, self.images[at], None if self.labels is None else self.labels[at], self.held_out)
 
 
@@ -78,7 +81,9 @@ def open_images(
         InputError: `calibration` for less than two images or images of a single class; those of opening the data.
     """
     alone = spec != DIGITS and folder_of(spec, "train") == folder_of(spec, "test")
-    labelled = spec == DIGITS or any(p.is_dir() and not p.name.startswith(".") for p in folder_of(spec, "train").iterdir())
+    labelled = spec == DIGITS or any(
+        p.is_dir() and not p.name.startswith(".") for p in folder_of(spec, "train").iterdir()
+    )
     limits = (2 * count, None) if alone else (count, JUDGED_IMAGES)
     first = open_dataset(spec, "train", limit=limits[0], labelled=labelled)
     _check(first, spec, labelled)
@@ -116,7 +121,7 @@ def _load(
     labelled: bool,
 ) -> ImageSet:
     parts = list(data.batches(CHUNK, preprocessing))
-    images, labels = np.concatenate([p for p, _ in parts]), np.concatenate([l for _, l in parts])
+    images, labels = np.concatenate([p for p, _ in parts]), np.concatenate([labels for _, labels in parts])
     mapping = None
     if labelled:
         try:
@@ -131,39 +136,77 @@ def _every_second(images: ImageSet, first: int) -> ImageSet:
     return ImageSet(images.name, images.images[first::2], labels, held_out=bool(first))
 
 
-def judge(run: Run, model: PrunedViT, images: ImageSet, batch: int, report: Report) -> QuantizedAccuracy:
-    """Return what a quantized graph gets right, beside what the float model does.
+@dataclass(frozen=True)
+class Reference:
+    """What the float model says of some images.
+
+    Attributes:
+        best: [n] class.
+        kept: per stage the original patch numbers [n, K].
+    """
+
+    images: ImageSet
+    best: NDArray[np.int64]
+    kept: list[NDArray[np.int64]]
+
+    def first(self, count: int) -> Reference:
+        """Return the same of some of the images, spread evenly."""
+        at = self.images.places(count)
+        return Reference(self.images.first(count), self.best[at], [stage[at] for stage in self.kept])
+
+
+def refer(model: PrunedViT, images: ImageSet, batch: int, report: Report) -> Reference:
+    """Return what the float model says.
 
     Args:
-        run: images [batch, C, H, W] -> outputs by name, `kept_indices_<s>` among them when there are stages.
-        model: the float model in eval mode.
-        images: to judge by.
-        batch: of the graph; the last group is filled up.
+        model: in eval mode.
+        images: to run.
+        batch: images that a graph runs at once, for methods whose counts are of a batch.
         report: called with (step, share done).
     """
     import torch
 
-    ours, theirs, overlaps = [], [], list[float]()
-    for group in images.groups(batch):
-        own = images.images[group]
-        padded = np.concatenate([own, np.repeat(own[-1:], batch - len(own), 0)])
-        outputs = run(padded)
+    size = CHUNK if model.exact_in_batch else batch
+    best, kept = [], [list[NDArray[np.int64]]() for _ in model.stages]
+    for group in images.groups(size):
         with torch.inference_mode():
-            reference = model.run(torch.from_numpy(padded))
-        ours.append(outputs["logits"][: len(own)].argmax(1))
-        theirs.append(reference.logits.numpy()[: len(own)].argmax(1))
+            found = model.run(torch.from_numpy(filled_up(images.images[group], 1 if model.exact_in_batch else batch)))
+        count = group.stop - group.start
+        best.append(found.logits.numpy()[:count].argmax(1))
+        for stage, ids in zip(kept, found.kept, strict=True):
+            stage.append(ids.numpy()[:count])
+        report("running the float model", group.stop / len(images))
+    return Reference(images, np.concatenate(best), [np.concatenate(stage) for stage in kept])
+
+
+def filled_up(images: Images, batch: int) -> Images:
+    """Return images, and copies of the last one up to a batch."""
+    return np.concatenate([images, np.repeat(images[-1:], max(batch - len(images), 0), 0)])
+
+
+def judge(run: Run, reference: Reference, batch: int, report: Report) -> QuantizedAccuracy:
+    """Return what a quantized graph gets right, beside what the float model does.
+
+    Args:
+        run: images [batch, C, H, W] -> outputs by name, `kept_indices_<s>` among them when there are stages.
+        reference: the float model's answers.
+        batch: of the graph; the last group is filled up.
+        report: called with (step, share done).
+    """
+    best, overlaps, images = [], list[float](), reference.images
+    for group in images.groups(batch):
+        outputs = run(filled_up(images.images[group], batch))
+        best.append(outputs["logits"][: group.stop - group.start].argmax(1))
         for stage, kept in enumerate(reference.kept):
-            told = outputs[f"kept_indices_{stage}"]
-            overlaps += [jaccard(told[i], kept.numpy()[i]) for i in range(len(own))]
+            overlaps += map(jaccard, outputs[f"kept_indices_{stage}"], kept[group])
         report("judging by images", group.stop / len(images))
-    found, wanted = np.concatenate(ours), np.concatenate(theirs)
-    labels = images.labels
+    found, labels = np.concatenate(best), images.labels
     return QuantizedAccuracy(
         data=images.name,
         images=len(images),
         held_out=images.held_out,
-        float_top1=None if labels is None else float((wanted == labels).mean()),
+        float_top1=None if labels is None else float((reference.best == labels).mean()),
         top1=None if labels is None else float((found == labels).mean()),
-        top1_agreement=float((found == wanted).mean()),
+        top1_agreement=float((found == reference.best).mean()),
         kept_overlap=float(np.mean(overlaps)) if overlaps else None,
     )

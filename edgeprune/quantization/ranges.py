@@ -129,7 +129,9 @@ def observe_ranges(
     return ranges
 
 
-def _inputs(models: Sequence[nn.Module], layers: Sequence[str], batches: Sequence[Images]) -> Iterator[dict[str, Images]]:
+def _inputs(
+    models: Sequence[nn.Module], layers: Sequence[str], batches: Sequence[Images]
+) -> Iterator[dict[str, Images]]:
     """Yield what the layers read, model by model, batch by batch.
 
     Raises:
@@ -137,11 +139,15 @@ def _inputs(models: Sequence[nn.Module], layers: Sequence[str], batches: Sequenc
     """
     import torch
 
+    seen: dict[str, Images] = {}
+
+    def note(layer: str, args: tuple[torch.Tensor, ...]) -> None:
+        seen[layer] = args[0].numpy()
+
     for model in models:
-        modules, seen = dict(model.named_modules()), dict[str, Images]()
+        modules = dict(model.named_modules())
         hooks = [
-            modules[layer].register_forward_pre_hook(lambda _, args, layer=layer: seen.__setitem__(layer, args[0].numpy()))
-            for layer in layers
+            modules[layer].register_forward_pre_hook(lambda _, args, layer=layer: note(layer, args)) for layer in layers
         ]
         try:
             for images in batches:
