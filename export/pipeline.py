@@ -27,6 +27,7 @@ from edgeprune.export.passes.pack_rows import pack_rows
 from edgeprune.export.plan import Plan
 from edgeprune.export.targets.base import Target
 from edgeprune.export.writer import WeightStore, write_graph
+from edgeprune.quantization.scheme import Quantization
 
 PLAN_PASSES = (eliminate_dead_rows, fold_keys_and_values)
 
@@ -47,6 +48,7 @@ def lower(
     *,
     opset: int,
     selection: str = "native",
+    quantization: Quantization | None = None,
 ) -> dict[Path, onnx.ModelProto]:
     """Write the graph of a plan for a target and return it, weights as references; of a split plan stem and rest.
 
@@ -58,13 +60,15 @@ def lower(
         store: shared by all graphs of a bundle.
         opset: version of the standard operators.
         selection: "native" standard operators or "plugin" nodes with bodies.
+        quantization: of the linear layers, for a target that quantizes.
 
     Raises:
         BuildError: `lint` when the graph breaks a rule of the target.
     """
     if target.dialect is None:
         raise InternalError(f"target {target.name} has no dialect", code="target")
-    graphs = emit_graph(plan, target.dialect(), weights, name=next(path.stem for path in paths if path), opset=opset)
+    dialect = target.dialect(quantization) if target.quantizes else target.dialect()
+    graphs = emit_graph(plan, dialect, weights, name=next(path.stem for path in paths if path), opset=opset)
     return {
         path: finish_graph(graph, plan, target, path, store, selection=selection, batch=plan.batch)
         for graph, path in zip(graphs, paths, strict=True)

@@ -22,7 +22,6 @@ TARGETS: dict[str, Target] = {
         _planned("ort-cpu-int8", "ONNX Runtime, CPU provider", "int8"),
         ort_cuda.TARGET,
         *tensorrt.TARGETS,
-        *(_planned(f"trt-{precision}", "TensorRT", precision) for precision in ("int8", "fp8")),
     )
 }
 
