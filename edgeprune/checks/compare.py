@@ -47,8 +47,10 @@ LIMITS = {
     "fp32": Limits(1e-4, 1.0, 1.0, 1e-5),
     "fp16": Limits(2e-2, 0.995, 0.95, 1e-3, loose=(0.5, 0.5)),
     "bf16": Limits(1e-1, 0.98, 0.8, 1e-2, loose=(0.5, 0.5)),
-    "int8": Limits(0.3, 0.95, 0.9, 2e-2, loose=(0.7, 0.9)),
-    "fp8": Limits(0.4, 0.95, 0.8, 5e-2, loose=(1.2, 0.9)),
+    # By the shipped checkpoints, drawn inputs, ranges of digits: decided inputs differ by up to 0.15 in int8 and 0.27
+    # in fp8; with one layer's input scaled by two by 0.4 to 1.1, but by less where most inputs are undecided.
+    "int8": Limits(0.3, 0.95, 0.9, 2e-2, loose=(0.7, 0.8)),
+    "fp8": Limits(0.4, 0.95, 0.8, 5e-2, loose=(1.2, 0.8)),
 }
 
 

@@ -18,10 +18,14 @@ from edgeprune.data.digits import DigitsSet, DigitsStream
 from edgeprune.errors import InternalError
 from edgeprune.export.emit.builder import GraphBuilder
 from edgeprune.export.emit.dialects.qdq import TYPES, QdqDialect, quantize_rows
+from edgeprune.export.emit.weights import weight_arrays
 from edgeprune.export.emulate import element_types, emulated, open_emulated
 from edgeprune.export.lint.facts import Facts
 from edgeprune.export.ops import DOMAIN
 from edgeprune.export.passes.assign_types import assign_types
+from edgeprune.export.pipeline import PLAN_PASSES, lower
+from edgeprune.export.plan import Counts, build_plan
+from edgeprune.export.targets.registry import TARGETS
 from edgeprune.export.writer import WeightStore, write_graph
 from edgeprune.pruning.model import PrunedViT
 from edgeprune.quantization.scheme import SMALLEST_SCALE, Precision, Quantization, signed_scale
@@ -220,6 +224,34 @@ def test_plugin_moves_8_bit_numbers_where_those_are_read_and_computes_the_same(
     for node in (n for n in plugin.graph.node if n.domain == DOMAIN and types[n.output[0]] == STORED[precision]):
         assert facts.producers[node.input[0]].op_type == "QuantizeLinear"
         assert {reader.op_type for reader in facts.readers[node.output[0]]} == {"DequantizeLinear"}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("selection", ["native", "plugin"])
+@pytest.mark.parametrize("name", ["ats paper", "asvit", "sait mass"])
+def test_stem_and_rest_pass_no_8_bit_numbers_and_compute_the_same(
+    tmp_path: Path, name: str, selection: str, precision: Precision
+) -> None:
+    model = make(name)
+    quantization = measured(model, noise(model.config, 4, seed=3), precision)
+    options: dict[str, Any] = {"selection": selection, "quantization": quantization}
+    target = TARGETS[f"trt-{precision}"]
+    whole = lowered(model, tmp_path / "whole", target=target.name, batch=(2, 2), **options)
+    plan = build_plan(model.config, model.stages, batch=(2, 2), token_outputs=True, counts=Counts.SLOTS, split=True)
+    for plan_pass in PLAN_PASSES:
+        plan = plan_pass(plan)
+    paths = [tmp_path / "stem.onnx", tmp_path / "rest.onnx"]
+    with WeightStore(tmp_path / "model.onnx.data") as store:
+        lower(plan, weight_arrays(model), target, paths, store, opset=target.opset, **options)
+    stem, rest = (open_emulated(path, threads=1) for path in paths)
+    assert {tensor.dtype for tensor in rest.inputs} <= {"float32", "float16", "int32", "int64", "bool"}
+    images = noise(model.config, 2)
+    handed = {"images": images, **stem.run({"images": images})}
+    ours = rest.run({tensor.name: handed[tensor.name] for tensor in rest.inputs})
+    theirs = open_emulated(whole.path, threads=1).run({"images": images})
+    assert {"logits", "kept_indices_0"} <= ours.keys() & theirs.keys()
+    for output in ours.keys() & theirs.keys():
+        assert np.array_equal(ours[output], theirs[output]), output
 
 
 # ------------------------------------------------------------------------------------------------ trained weights
