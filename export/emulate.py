@@ -1,8 +1,12 @@
-"""Typed graphs on a processor: float32 arithmetic, every float16 or bfloat16 tensor rounded to its type.
+"""Typed graphs on a processor: float32 arithmetic, every float16, bfloat16 or 8-bit tensor rounded to its type.
 
 That is what a GPU computes with float32 accumulators. ONNX Runtime's CPU provider has no such arithmetic: given the
 typed graph, it leaves out the rounding between two operators. A device differs in the order of additions, and rounds
 less where it fuses operators.
+
+What DequantizeLinear makes is not rounded: the kernels of a GPU multiply the 8-bit numbers and scale the sum. It
+becomes a cast and a product. Left as it is, ONNX Runtime would fuse it with its neighbours into products of integers,
+which saturate on processors without dot-product instructions.
 """
 
 from __future__ import annotations
@@ -12,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
+from edgeprune.export.lint.facts import Facts, attribute
 from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, functions
 from edgeprune.export.passes.assign_types import LOW_TYPES, MOVES
 from edgeprune.export.writer import graph_info
@@ -22,8 +28,9 @@ from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.manifest import TensorInfo
 from edgeprune.runtime.ort import OrtBackend
 
-LOW = frozenset(int(kind) for kind in LOW_TYPES.values())
 FLOAT = int(TensorProto.FLOAT)
+FLOAT8 = int(TensorProto.FLOAT8E4M3FN)  # held as float32 too: few operators of the standard take it
+LOW = frozenset({*(int(kind) for kind in LOW_TYPES.values()), FLOAT8})
 
 
 def open_emulated(path: Path, **options: Any) -> OrtBackend:
@@ -58,12 +65,19 @@ def forms_of(bundle: Bundle) -> Iterator[Bundle]:
 
 def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a float32 model that rounds like a typed one; weights stay references."""
-    types = element_types(model)
+    types, facts = element_types(model), Facts(model)
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
     del graph.value_info[:]
-    nodes = [*_widened(graph.initializer), *(part for node in model.graph.node for part in _rounded(node, types))]
+    nodes = _widened(graph.initializer)
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and types[node.output[0]] == FLOAT8:
+            nodes += _quantized_to_float8(node, facts)
+        elif node.op_type == "DequantizeLinear":
+            nodes += _dequantized(node, facts)
+        else:
+            nodes += _rounded(node, types)
     del graph.node[:]
     graph.node.extend(nodes)
     for value in (*graph.input, *graph.output):
@@ -109,6 +123,44 @@ def _rounded(node: onnx.NodeProto, types: dict[str, int]) -> list[onnx.NodeProto
             parts.append(helper.make_node("Cast", [own.output[i]], [f"{name}.rounded"], to=types[name]))
         parts.append(helper.make_node("Cast", [f"{name}.rounded"], [name], to=FLOAT))
     return parts
+
+
+def _quantized_to_float8(node: onnx.NodeProto, facts: Facts) -> list[onnx.NodeProto]:
+    """Return a division and casts in the place of a QuantizeLinear to float8e4m3fn, which saturates."""
+    name = node.output[0]
+    reshape, scale = _scale(node, facts)
+    return [
+        *reshape,
+        helper.make_node("Div", [node.input[0], scale], [f"{name}.exact"], name=node.name),
+        helper.make_node("Cast", [f"{name}.exact"], [f"{name}.rounded"], to=FLOAT8),
+        helper.make_node("Cast", [f"{name}.rounded"], [name], to=FLOAT),
+    ]
+
+
+def _dequantized(node: onnx.NodeProto, facts: Facts) -> list[onnx.NodeProto]:
+    """Return a cast and a product in the place of a DequantizeLinear whose zero point is zero; nothing is rounded."""
+    name = node.output[0]
+    reshape, scale = _scale(node, facts)
+    return [
+        helper.make_node("Cast", [node.input[0]], [f"{name}.numbers"], to=FLOAT),
+        *reshape,
+        helper.make_node("Mul", [f"{name}.numbers", scale], [name], name=node.name),
+    ]
+
+
+def _scale(node: onnx.NodeProto, facts: Facts) -> tuple[list[onnx.NodeProto], str]:
+    """Return the scale in a shape that broadcasts to the data, and the nodes this takes."""
+    data, scale, name = node.input[0], node.input[1], f"{node.output[0]}.scale"
+    rank, axis = facts.rank(data), attribute(node, "axis")
+    behind = 0 if not facts.rank(scale) or rank is None else rank - 1 - (1 if axis is None else axis) % rank
+    if not behind:
+        return [], scale
+    shape = numpy_helper.from_array(np.array([-1, *[1] * behind], np.int64))  # the axis is not the last
+    made = [
+        helper.make_node("Constant", [], [f"{name}.shape"], value=shape),
+        helper.make_node("Reshape", [scale, f"{name}.shape"], [name]),
+    ]
+    return made, name
 
 
 def _attach_bodies(model: onnx.ModelProto) -> None:

@@ -23,9 +23,8 @@ from edgeprune.runtime.engines import (
     folder_name,
     read_index,
 )
+from edgeprune.runtime.opener import ENGINE_TARGETS
 from edgeprune.runtime.ort_cuda import PROVIDER
-
-_ENGINE_TARGETS = ("trt-fp32", "trt-fp16", "trt-bf16")
 
 
 def check_bundle(bundle: Bundle) -> Iterator[Finding]:
@@ -35,7 +34,7 @@ def check_bundle(bundle: Bundle) -> Iterator[Finding]:
     """
     m = bundle.manifest
     yield Finding("bundle", "ok", f"{m.model.name}, {m.method.name}, for {m.target}; {len(m.files)} files unchanged")
-    if m.target not in _ENGINE_TARGETS:
+    if m.target not in ENGINE_TARGETS:
         yield _runs_in_onnxruntime(m.target)
         return
     device, version = _device(), _tensorrt()

@@ -132,7 +132,7 @@ class Opener:
             pairs += [([wanted, *extra], info.inputs), ([wanted, *extra], backend.inputs)]
             if batch == -1 and images and images[0].shape[0] != -1:
                 raise _differs(path, backend.inputs, [wanted])
-        wide = manifest.target not in _ENGINE_TARGETS
+        wide = manifest.target not in ENGINE_TARGETS
         for listed, real in pairs:
             if not _agree(listed, real, wide=wide):
                 raise _differs(path, real, listed)
@@ -145,13 +145,13 @@ class Opener:
             )
 
 
-_ENGINE_TARGETS = ("trt-fp32", "trt-fp16", "trt-bf16")
+ENGINE_TARGETS = ("trt-fp32", "trt-fp16", "trt-bf16", "trt-int8", "trt-fp8")
 _OPEN: dict[str, Callable[[Opener, str, Path, bool], Backend]] = {
     "onnx": Opener.open_on_cpu,
     "ort-cpu": Opener.open_on_cpu,
     "ort-cpu-int8": Opener.open_on_cpu,
     "ort-cuda-fp16": Opener.open_on_cuda,
-    **dict.fromkeys(_ENGINE_TARGETS, Opener.open_engine),
+    **dict.fromkeys(ENGINE_TARGETS, Opener.open_engine),
 }
 
 

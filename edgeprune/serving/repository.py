@@ -22,6 +22,7 @@ from edgeprune.runtime import router
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.folders import FolderWriter
 from edgeprune.runtime.manifest import StageInfo, TensorInfo
+from edgeprune.runtime.opener import ENGINE_TARGETS
 from edgeprune.runtime.router import BUCKET, KEPT, OVERFLOW, SLOTS
 from edgeprune.serving.models import (
     CPU,
@@ -43,7 +44,6 @@ from edgeprune.version import __version__
 ABOUT_NAME = "edgeprune.json"
 KIND = "triton-model-repository"
 CONFIG_NAME = "config.pbtxt"
-_ENGINES = ("trt-fp32", "trt-fp16", "trt-bf16")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -157,7 +157,7 @@ def _name(bundle: Bundle, wanted: str | None) -> str:
 
 
 def _open(bundle: Bundle, settings: Settings, engines: str | None) -> OnnxGraphs | EngineGraphs:
-    if bundle.manifest.target not in _ENGINES:
+    if bundle.manifest.target not in ENGINE_TARGETS:
         return OnnxGraphs(bundle, settings)
     return EngineGraphs(bundle, settings, *choose_engines(bundle, engines))
 

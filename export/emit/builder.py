@@ -76,6 +76,11 @@ class GraphBuilder:
         finally:
             self._precise = before
 
+    @property
+    def is_precise(self) -> bool:
+        """Whether nodes made now stay float32 in every precision."""
+        return self._precise
+
     def qualified(self, name: str) -> str:
         """Return the full name, made unique with a counter when it is taken."""
         full = ".".join([*self._prefix, name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -14,16 +14,22 @@ def cut_graph(graph: gs.Graph, at: Sequence[gs.Variable]) -> tuple[gs.Graph, gs.
 
     Args:
         graph: the nodes are taken over, in an order that can be executed; the first input is the images.
-        at: tensors of the stem, and inputs that only the rest reads; whatever depends on one of them is the rest.
+        at: tensors of the stem, and inputs that only the rest reads; whatever depends on one of them is the rest, and
+            so is what depends on constants alone and is read there.
     """
     known = {tensor.name for tensor in at}
-    stem_nodes, rest_nodes = [], []
+    stem_nodes, rest_nodes, fixed_nodes = [], [], []
     for node in graph.nodes:
-        if any(tensor.name in known for tensor in node.inputs):
+        if all(isinstance(tensor, gs.Constant) for tensor in node.inputs):
+            fixed_nodes.append(node)
+        elif any(tensor.name in known for tensor in node.inputs):
             rest_nodes.append(node)
             known.update(tensor.name for tensor in node.outputs)
         else:
             stem_nodes.append(node)
+    of_rest = [_feeds(node, known) for node in fixed_nodes]
+    stem_nodes = [*(node for node, there in zip(fixed_nodes, of_rest, strict=True) if not there), *stem_nodes]
+    rest_nodes = [*(node for node, there in zip(fixed_nodes, of_rest, strict=True) if there), *rest_nodes]
     made = {tensor.name: tensor for node in stem_nodes for tensor in node.outputs}
     made |= {tensor.name: tensor for tensor in graph.inputs}
     passed: dict[str, gs.Variable] = {}  # by name, the rest's own tensor in the place of the stem's
@@ -44,3 +50,9 @@ def cut_graph(graph: gs.Graph, at: Sequence[gs.Variable]) -> tuple[gs.Graph, gs.
     stem = gs.Graph(nodes=stem_nodes, inputs=stem_inputs, outputs=handed, name="stem", **fields)
     rest = gs.Graph(nodes=rest_nodes, inputs=list(passed.values()), outputs=graph.outputs, name="rest", **fields)
     return stem, rest
+
+
+def _feeds(node: gs.Node, known: Container[str]) -> bool:
+    """Return whether all that reads a node also reads a tensor of the rest."""
+    readers = [reader for out in node.outputs for reader in out.outputs]
+    return all(any(tensor.name in known for tensor in reader.inputs) for reader in readers)

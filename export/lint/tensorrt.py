@@ -27,6 +27,10 @@ from edgeprune.export.lint.loops import loops
 from edgeprune.export.lint.name_collisions import name_collisions
 from edgeprune.export.lint.opset_ceiling import opset_ceiling
 from edgeprune.export.lint.plugin_fields import plugin_fields
+from edgeprune.export.lint.quantized_attention import quantized_attention
+from edgeprune.export.lint.quantized_gather import quantized_gather
+from edgeprune.export.lint.quantized_products import quantized_products
+from edgeprune.export.lint.quantized_tensors import quantized_tensors
 from edgeprune.export.lint.same_types import same_types
 from edgeprune.export.lint.shape_from_data import shape_from_data
 from edgeprune.export.lint.tokens_shrink import tokens_shrink
@@ -49,11 +53,14 @@ PARSER_RULES: tuple[Rule, ...] = (
     attention_op,
     same_types,
     int32_limits,
+    quantized_tensors,
 )
 # What an engine of ours cannot be run with.
 ENGINE_RULES: tuple[Rule, ...] = (foreign_domains, data_dependent_ops, shape_from_data, dynamic_dims, tokens_shrink)
 # What only costs speed or agreement; a model of somebody else may have it.
 FORM_RULES: tuple[Rule, ...] = (attention_pattern, gather_elements, float32_scores, loops, int64_io)
+# What makes 8-bit kernels of what was quantized.
+QUANTIZED_RULES: tuple[Rule, ...] = (quantized_products, quantized_attention, quantized_gather)
 
 
 def tensorrt_rules(least: str = LEAST) -> tuple[Rule, ...]:
@@ -65,7 +72,7 @@ def tensorrt_rules(least: str = LEAST) -> tuple[Rule, ...]:
     return (
         *(_at(rule, least) for rule in PARSER_RULES),
         *ENGINE_RULES,
-        *(_of_emitted(_at(rule, least)) for rule in FORM_RULES),
+        *(_of_emitted(_at(rule, least)) for rule in (*FORM_RULES, *QUANTIZED_RULES)),
     )
 
 

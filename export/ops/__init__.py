@@ -12,7 +12,7 @@ DOMAIN = "edgeprune"
 DOMAIN_VERSION = 1
 # TensorRT's parser ignores the domain and finds the plugin by these fields.
 PLUGIN_FIELDS = {"plugin_namespace": "edgeprune", "plugin_version": "1"}
-FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+TOKENS = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16", "int8", "float8e4m3fn")]  # bytes are moved
 
 
 def plugin_attributes() -> list[OpSchema.Attribute]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from onnx.defs import OpSchema
 
-from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, GATHER_POSITIONS, plugin_attributes
+from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, GATHER_POSITIONS, TOKENS, plugin_attributes
 
 NAME = "GatherTokens"
 
@@ -26,7 +26,7 @@ def schema() -> OpSchema:
         doc="The prefix and the patch tokens at given positions.",
         inputs=[Parameter("tokens", "T"), Parameter("indices", "tensor(int32)")],
         outputs=[Parameter("kept", "T")],
-        type_constraints=[("T", FLOATS, "tokens")],
+        type_constraints=[("T", TOKENS, "tokens")],
         attributes=[
             OpSchema.Attribute("num_prefix_tokens", OpSchema.AttrType.INT, required=True),
             *plugin_attributes(),

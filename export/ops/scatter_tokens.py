@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from onnx.defs import OpSchema
 
-from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, plugin_attributes
+from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, TOKENS, plugin_attributes
 
 NAME = "ScatterTokens"
 
@@ -25,7 +25,7 @@ def schema() -> OpSchema:
         doc="Tokens at given positions of a longer sequence.",
         inputs=[Parameter("base", "T"), Parameter("tokens", "T"), Parameter("indices", "tensor(int32)")],
         outputs=[Parameter("out", "T")],
-        type_constraints=[("T", FLOATS, "tokens")],
+        type_constraints=[("T", TOKENS, "tokens")],
         attributes=plugin_attributes(),
     )
 

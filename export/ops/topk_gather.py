@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from onnx.defs import OpSchema
 
-from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, FLOATS, GATHER_POSITIONS, plugin_attributes
+from edgeprune.export.ops import DOMAIN, DOMAIN_VERSION, GATHER_POSITIONS, TOKENS, plugin_attributes
 
 NAME = "TopKGather"
 NAN_SCORE = -3.4e38  # what NaN is ranked as: behind every finite score above -3e38
@@ -28,7 +28,7 @@ def schema() -> OpSchema:
         doc="Keep the prefix and the k best patch tokens.",
         inputs=[Parameter("scores", "tensor(float)"), Parameter("tokens", "T")],
         outputs=[Parameter("kept", "T"), Parameter("indices", "tensor(int32)"), Parameter("count", "tensor(int32)")],
-        type_constraints=[("T", FLOATS, "tokens")],
+        type_constraints=[("T", TOKENS, "tokens")],
         attributes=[
             Attribute("k", Kind.INT, required=True),
             Attribute("num_prefix_tokens", Kind.INT, required=True),

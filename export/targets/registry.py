@@ -22,7 +22,6 @@ TARGETS: dict[str, Target] = {
         ort_cpu_int8.TARGET,
         ort_cuda.TARGET,
         *tensorrt.TARGETS,
-        *(_planned(f"trt-{precision}", "TensorRT", precision) for precision in ("int8", "fp8")),
     )
 }
 

@@ -1,7 +1,13 @@
-"""Targets `trt-*`: typed graphs for TensorRT 8.6 to 11.x, which `edgeprune build` makes engines of on the device."""
+"""Targets `trt-*`: typed graphs for TensorRT 8.6 to 11.x, which `edgeprune build` makes engines of on the device.
+
+The quantized ones are for TensorRT 10 and newer. Scales and inputs of QuantizeLinear are float16 as the rest of the
+graph is, which the operator takes from opset 19 on. 8.6 reads opset 17 and every scale as float32
+(`QuantDequantLinearHelper` in github.com/onnx/onnx-tensorrt, branch 8.6-GA), and has no strong typing.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,12 +17,18 @@ from edgeprune.export.targets.base import GraphPass, Target
 if TYPE_CHECKING:
     from edgeprune.export.emit.dialects.plain import PlainDialect
     from edgeprune.export.lint import Rule
+    from edgeprune.quantization.scheme import Quantization
 
 WORDS = {
     "fp32": "float32 throughout, TF32 off",
     "fp16": "float16 with float32 scores and normalisation",
     "bf16": "bfloat16 with float32 scores and normalisation; from TensorRT 10 on",
 }
+QUANTIZED = {
+    "int8": "8-bit integer linear layers, attention in float16; from TensorRT 10 on",
+    "fp8": "8-bit floating-point linear layers, attention in float16; from TensorRT 10 on, compute capability 8.9",
+}
+BASE = "fp16"  # what is not quantized
 
 
 def make_dialect(precision: str) -> PlainDialect:
@@ -26,6 +38,13 @@ def make_dialect(precision: str) -> PlainDialect:
     return PlainDialect(precision)
 
 
+def make_quantized_dialect(quantization: Quantization) -> PlainDialect:
+    """Return the dialect with quantized linear layers."""
+    from edgeprune.export.emit.dialects.qdq import QdqDialect
+
+    return QdqDialect(BASE, quantization)
+
+
 def graph_passes(selection: str, batch: tuple[int, int]) -> tuple[GraphPass, ...]:
     """Return the ordered graph passes; nodes of the plugin stay as they are."""
     from edgeprune.export.passes.drop_dead_nodes import drop_dead_nodes
@@ -33,8 +52,9 @@ def graph_passes(selection: str, batch: tuple[int, int]) -> tuple[GraphPass, ...
     from edgeprune.export.passes.expand_isnan import expand_isnan
     from edgeprune.export.passes.lower_selection import inline_bodies
     from edgeprune.export.passes.narrow_io import narrow_io
+    from edgeprune.export.passes.quantize_before_gather import quantize_before_gather
 
-    lowered = () if selection == "plugin" else (inline_bodies,)
+    lowered = (quantize_before_gather,) if selection == "plugin" else (inline_bodies,)
     return (*lowered, expand_cumsum, expand_isnan, narrow_io, drop_dead_nodes)
 
 
@@ -66,4 +86,18 @@ def _target(precision: str) -> Target:
     )
 
 
-TARGETS = tuple(_target(precision) for precision in WORDS)
+def _quantized_target(precision: str) -> Target:
+    return replace(
+        _target(BASE),
+        name=f"trt-{precision}",
+        precision=precision,
+        summary=QUANTIZED[precision],
+        opset=19,
+        opsets=(19, 20),
+        ir_version=9,
+        quantizes=precision,
+        dialect=make_quantized_dialect,
+    )
+
+
+TARGETS = (*(_target(precision) for precision in WORDS), *(_quantized_target(precision) for precision in QUANTIZED))

@@ -9,17 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from edgeprune.errors import BuildError, EdgepruneError, EdgepruneWarning, EnvironmentLackError
 from edgeprune.export.trt import timing_cache
 from edgeprune.export.trt.choose import choose
 from edgeprune.export.trt.engine_cache import EngineCache, default_folder, key_of
 from edgeprune.export.trt.folder import EngineFolder
-from edgeprune.export.trt.job import Job, JobProfile
+from edgeprune.export.trt.job import Job, JobProfile, Precision
 from edgeprune.export.trt.machine import (
     PREFIX,
     Machine,
+    check_capability,
     check_target,
     check_version,
     find_machine,
@@ -83,13 +84,14 @@ def build_engines(
 
     Raises:
         InputError: `target`, `output-not-writable`; those of `plan_roles`.
-        EnvironmentLackError: `gpu-missing`, `tensorrt-missing`, `tensorrt-version`, `disk-full`, `out-of-memory`; the
-            plugin's.
+        EnvironmentLackError: `gpu-missing`, `tensorrt-missing`, `tensorrt-version`, `gpu-too-old`, `disk-full`,
+            `out-of-memory`; the plugin's.
         BuildError: `parse`, `engine-build`, `worker-crashed`, `worker-failed`.
     """
     roles = plan_build(bundle, options)
     machine = _find_machine(bundle)
     check_version(bundle.manifest, machine.tensorrt)
+    check_capability(bundle.manifest, machine.compute_capability)
     machine, roles, notes = with_plugin(machine, roles)
     _warn(notes)
     place = bundle.path / ENGINES_FOLDER / folder_name(machine.device, machine.tensorrt)
@@ -231,7 +233,7 @@ class _Build:
             layers=str(layers.absolute()),
             log=str((self.folder / f"{plan.source}.log").absolute()),
             profiles=[job_profile(profile) for profile in plan.profiles],
-            precision=cast(Literal["fp32", "fp16", "bf16"], self.bundle.manifest.target.removeprefix(PREFIX)),
+            precision=cast(Precision, self.bundle.manifest.target.removeprefix(PREFIX)),
             workspace=self.options.workspace,
             tactics=self.options.tactics,
             optimization_level=self.options.optimization_level,

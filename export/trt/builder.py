@@ -24,6 +24,7 @@ from edgeprune.runtime.cuda import find_device
 from edgeprune.runtime.router import SLOTS
 
 PRECISION_FLAGS = {"fp16": "FP16", "bf16": "BF16"}  # of BuilderFlag, where networks cannot be strongly typed
+QUANTIZED = ("int8", "fp8")  # by the graph alone: no flag, no calibrator
 FLOATS = ("FLOAT", "HALF", "BF16")
 BUILTIN_TACTICS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 # layers whose precision says nothing: they change or make a type, or compute shapes, or bring their own kernel
@@ -253,6 +254,13 @@ def configure(trt: Any, config: Any, job: Job) -> list[str]:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if hasattr(trt.BuilderFlag, "TF32"):  # float32 stays float32, the scores of tokens too
         config.clear_flag(trt.BuilderFlag.TF32)
+    if job.precision in QUANTIZED and not is_strongly_typed(trt):
+        raise EnvironmentLackError(
+            f"TensorRT {trt.__version__} builds no {job.precision} engines of typed graphs",
+            code="tensorrt-version",
+            expected="TensorRT 10 or newer",
+            hint="export for trt-fp16",
+        )
     if job.precision in PRECISION_FLAGS and not is_strongly_typed(trt):
         flag = PRECISION_FLAGS[job.precision]
         if not hasattr(trt.BuilderFlag, flag):

@@ -23,6 +23,9 @@ class JobProfile(_Message):
     slots: list[Count] | None = None
 
 
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+
+
 class Job(_Message):
     """One engine to build; every path is absolute.
 
@@ -39,7 +42,7 @@ class Job(_Message):
     layers: str
     log: str
     profiles: list[JobProfile]
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Precision
     workspace: Size
     tactics: Literal["default", "builtin"] = "default"
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None

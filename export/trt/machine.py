@@ -15,7 +15,8 @@ from edgeprune.runtime.cuda import find_device
 from edgeprune.runtime.manifest import Manifest
 
 PREFIX = "trt-"
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+LEAST_CAPABILITY = {"fp8": (8, 9)}  # Ada; products of fp8 have no kernels on older devices
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def check_target(manifest: Manifest) -> None:
         raise InputError(
             f"this bundle is for the target '{manifest.target}', of which no engines are built",
             code="target",
-            expected="a bundle for trt-fp32, trt-fp16 or trt-bf16",
+            expected=f"a bundle for one of {', '.join(PREFIX + precision for precision in PRECISIONS)}",
             hint="run it as it is with `edgeprune run`, or export again with --target trt-fp16",
             details={"target": manifest.target},
         )
@@ -77,6 +78,21 @@ def check_version(manifest: Manifest, tensorrt: str) -> None:
         expected=f"TensorRT {' or '.join(good)} or what is like it" if good else "graphs that some TensorRT takes",
         hint="export for another precision or --selection, or upgrade TensorRT (on a Jetson with its JetPack)",
         details={"tensorrt": tensorrt, "reasons": reasons, "versions": good},
+    )
+
+
+def check_capability(manifest: Manifest, capability: str) -> None:
+    """Raise EnvironmentLackError `gpu-too-old` when a GPU has no kernels of the bundle's precision."""
+    least = LEAST_CAPABILITY.get(manifest.target.removeprefix(PREFIX), (0, 0))
+    if _numbers(capability) >= least:
+        return
+    wanted = ".".join(map(str, least))
+    raise EnvironmentLackError(
+        f"this GPU has compute capability {capability}, and {manifest.target} needs {wanted}",
+        code="gpu-too-old",
+        expected=f"a GPU of compute capability {wanted} or more",
+        hint="export for trt-int8 or trt-fp16",
+        details={"capability": capability, "least": wanted},
     )
 
 

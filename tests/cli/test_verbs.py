@@ -44,8 +44,8 @@ def test_methods_says_what_a_keep_rate_means_and_shows_the_notes(cli: Cli) -> No
 def test_targets_lists_reasons(cli: Cli) -> None:
     rows = {row["name"]: row for row in cli("targets", "--json").json["results"]}
     assert rows["ort-cpu"]["available"]
-    assert not rows["trt-fp8"]["available"]
-    assert rows["trt-fp8"]["why_unavailable"] in cli("targets").out
+    assert not rows["ort-cpu-int8"]["available"]
+    assert rows["ort-cpu-int8"]["why_unavailable"] in cli("targets").out
 
 
 # ------------------------------------------------------------------------------------------------ export

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from edgeprune.export.targets.registry import TARGETS as TARGETS_BY_NAME
+from edgeprune.quantization.scheme import Precision
 from tests.helpers.lowering import lowered, random_model, small, stages_of
+from tests.helpers.quantized import made_up
 
 HERE = Path(__file__).parent
 # method: keep rate, stages, options; one stage or two, so that a graph can be read
@@ -24,6 +28,8 @@ METHODS: dict[str, tuple[float, str | None, dict[str, str]]] = {
     "tome": (1.0, "1,2", {"r": "3"}),
 }
 TARGETS = ["onnx", "ort-cpu", "trt-fp16"]
+QUANTIZED = [("dense", "trt-int8"), ("evit", "trt-int8"), ("evit", "trt-fp8")]
+CASES = [*((method, target) for target in TARGETS for method in METHODS), *QUANTIZED]
 SHOWN_VALUES = 8
 
 
@@ -69,13 +75,15 @@ def constant_text(tensor: onnx.TensorProto) -> str:
     return f"{text} {values.tolist()}" if dtype.kind == "i" and len(values) <= SHOWN_VALUES else text
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "target"), CASES)
 def test_lowered_graph_is_the_recorded_one(tmp_path: Path, method: str, target: str, update_golden: bool) -> None:
     config = small()  # 4 blocks of width 32, 4x4 patches
     rate, stages, options = METHODS[method]
     model = random_model(config, stages_of(config, method, rate, stages, **options))
-    graph = lowered(model, tmp_path, target=target, token_outputs=method in ("evit", "asvit", "tome"))
+    precision = TARGETS_BY_NAME[target].quantizes
+    quantization = None if precision is None else made_up(config, cast(Precision, precision))
+    with_tokens = method in ("evit", "asvit", "tome")
+    graph = lowered(model, tmp_path, target=target, token_outputs=with_tokens, quantization=quantization)
     text = "\n".join(describe(graph.model)) + "\n"
     path = HERE / f"{method}-{target}.txt"
     if update_golden:
@@ -87,4 +95,4 @@ def test_lowered_graph_is_the_recorded_one(tmp_path: Path, method: str, target: 
 
 
 def test_no_golden_file_is_left_over() -> None:
-    assert {p.name for p in HERE.glob("*.txt")} == {f"{m}-{t}.txt" for m in METHODS for t in TARGETS}
+    assert {p.name for p in HERE.glob("*.txt")} == {f"{m}-{t}.txt" for m, t in CASES}

@@ -21,6 +21,7 @@ from edgeprune.models.config import ViTConfig
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Stage, StageRequest, parse_stages
 from edgeprune.pruning.model import PrunedViT
+from edgeprune.quantization import Quantization
 from tests.helpers.reference_vit import randomize_statistics
 
 PlanPass = Callable[[Plan], Plan]
@@ -84,13 +85,14 @@ def lowered(
     batch: tuple[int, int] = (1, 1),
     passes: Sequence[PlanPass] = PLAN_PASSES,
     token_outputs: bool = True,
-    opset: int = 17,
+    opset: int | None = None,
     selection: str = "native",
     name: str = "model",
     counts: Counts = Counts.SLOTS,
     packed: int = 0,
+    quantization: Quantization | None = None,
 ) -> Lowered:
-    """Lower a model with some plan passes; none of them computes every row."""
+    """Lower a model with some plan passes; none of them computes every row. The opset is the target's unless given."""
     plan = build_plan(
         model.config, model.stages, batch=batch, token_outputs=token_outputs, counts=counts, packed=packed
     )
@@ -99,7 +101,11 @@ def lowered(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.onnx"
     with WeightStore(folder / f"{name}.onnx.data") as store:
-        options: dict[str, Any] = {"opset": opset, "selection": selection}
+        options: dict[str, Any] = {
+            "opset": opset or TARGETS[target].opset,
+            "selection": selection,
+            "quantization": quantization,
+        }
         proto = lower(plan, weight_arrays(model), TARGETS[target], [path], store, **options)[path]
     return Lowered(proto, path, plan)
 

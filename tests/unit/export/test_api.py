@@ -332,7 +332,7 @@ def test_bad_request_is_refused_before_anything_is_written(tmp_path: Path, field
 
 def test_target_that_is_not_built_yet_is_not_available(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentLackError) as caught:
-        export_model(replace(REQUEST, target="trt-int8"), tmp_path / "out")
+        export_model(replace(REQUEST, target="ort-cpu-int8"), tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("target-unavailable", 3)
     assert "ort-cpu" in str(caught.value.expected)
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ def test_table_lists_what_the_design_names() -> None:
 
 BUILT = {
     "onnx": "fp32", "ort-cpu": "fp32", "ort-cuda-fp16": "fp16",
-    "trt-fp32": "fp32", "trt-fp16": "fp16", "trt-bf16": "bf16",
+    "trt-fp32": "fp32", "trt-fp16": "fp16", "trt-bf16": "bf16", "trt-int8": "int8", "trt-fp8": "fp8",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -38,6 +38,7 @@ from edgeprune.export.lint.tensorrt import (
     ENGINE_RULES,
     FORM_RULES,
     PARSER_RULES,
+    QUANTIZED_RULES,
     merge_why_not,
     tensorrt_rules,
     why_not,
@@ -51,8 +52,10 @@ from edgeprune.export.targets.tensorrt_versions import FAMILIES
 from edgeprune.export.writer import WeightStore
 from edgeprune.plugins.contract import CREATORS
 from edgeprune.pruning.model import PrunedViT
+from edgeprune.quantization.scheme import Precision
 from tests.helpers import adaptive
 from tests.helpers.lowering import lowered, random_model, small, stages_of
+from tests.helpers.quantized import made_up
 
 ROOT = Path(__file__).resolve().parents[3]
 DOMAINS = ("", "ai.onnx", "edgeprune")
@@ -559,7 +562,7 @@ def test_rules_judge_for_the_version_asked_for() -> None:
     context = graph(node("Gelu", "x"))
     assert rules_that_fire(context) == {"operator-unknown"}
     assert rules_that_fire(context, "10.3") == set()
-    assert len(tensorrt_rules()) == len(PARSER_RULES) + len(ENGINE_RULES) + len(FORM_RULES)
+    assert len(tensorrt_rules()) == len(PARSER_RULES) + len(ENGINE_RULES) + len(FORM_RULES) + len(QUANTIZED_RULES)
     with pytest.raises(BuildError) as caught:
         run_lint(context, tensorrt_rules(), "trt-fp16")
     assert caught.value.code == "lint"
@@ -637,6 +640,19 @@ def test_emitted_graph_breaks_no_rule(tmp_path: Path, name: str, batch: tuple[in
 def test_emitted_graph_of_another_precision_breaks_no_rule(tmp_path: Path, name: str, target: str, first: str) -> None:
     graph = lowered(model_of(name), tmp_path, target=target)
     assert_taken(graph.model, graph.plan, first)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("target", "selection"), [("trt-int8", "plugin"), ("trt-fp8", "native")])
+def test_emitted_quantized_graph_breaks_no_rule(tmp_path: Path, name: str, target: str, selection: str) -> None:
+    model, precision = model_of(name), cast(Precision, target.removeprefix("trt-"))
+    quantization = made_up(model.config, precision)
+    options: dict[str, Any] = {"target": target, "selection": selection, "quantization": quantization}
+    graph = lowered(model, tmp_path, batch=(1, 4), **options)
+    assert_taken(graph.model, graph.plan, "10.0")
+    why = why_not(graph.model, graph.plan)["8.6"]
+    assert "opset 19 is read from TensorRT 10.0 on" in why
+    assert ("float8e4m3fn tensors are known from TensorRT 10.0 on" in why) == (precision == "fp8")
 
 
 @pytest.mark.parametrize("opset", [18, 20])

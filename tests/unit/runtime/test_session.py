@@ -227,7 +227,7 @@ def test_session_refuses_a_manifest_that_describes_another_graph(bundle: Path, c
     assert code_of(open_session, bundle) == "bundle-tampered"
 
 
-@pytest.mark.parametrize("target", ["trt-int8", "nonsense"])
+@pytest.mark.parametrize("target", ["ort-cpu-int4", "nonsense"])
 def test_session_names_a_target_it_cannot_run(bundle: Path, target: str) -> None:
     edit_manifest(bundle, lambda m: m.update(target=target))
     with pytest.raises(EnvironmentLackError, match=target) as caught:

@@ -10,7 +10,14 @@ import pytest
 
 from edgeprune.errors import EnvironmentLackError, InputError
 from edgeprune.export.trt import can_build_here
-from edgeprune.export.trt.machine import check_target, check_version, find_machine, reasons_against, with_plugin
+from edgeprune.export.trt.machine import (
+    check_capability,
+    check_target,
+    check_version,
+    find_machine,
+    reasons_against,
+    with_plugin,
+)
 from edgeprune.export.trt.options import BuildOptions
 from edgeprune.export.trt.plan import Role, plan_roles
 from tests.helpers import fake_trt
@@ -21,7 +28,7 @@ MODEL = {"model": described("model", 1)}
 VARIANT = {**MODEL, "model_plugin": described("model_plugin", 1, variant_of="model", plugin=True)}
 
 
-@pytest.mark.parametrize("target", ["onnx", "ort-cpu", "trt-int8"])
+@pytest.mark.parametrize("target", ["onnx", "ort-cpu", "ort-cpu-int8"])
 def test_other_targets_are_refused(target: str) -> None:
     with pytest.raises(InputError) as caught:
         check_target(engine_manifest(MODEL, target=target))
@@ -138,3 +145,13 @@ def test_missing_plugin_is_an_error_when_there_is_no_other_form(
     with pytest.raises(EnvironmentLackError) as caught:
         found(graphs, selection="plugin")
     assert caught.value.code == "plugin-missing"
+
+
+def test_fp8_needs_a_gpu_that_multiplies_it() -> None:
+    manifest = engine_manifest(MODEL, target="trt-fp8")
+    for capability in ("8.9", "9.0", "10.0", "12.0"):
+        check_capability(manifest, capability)
+    with pytest.raises(EnvironmentLackError, match=r"8\.7") as caught:
+        check_capability(manifest, "8.7")
+    assert caught.value.code == "gpu-too-old"
+    check_capability(engine_manifest(MODEL, target="trt-int8"), "8.7")

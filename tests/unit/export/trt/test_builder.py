@@ -338,3 +338,14 @@ def test_no_timing_file_is_read_or_written(trt: FakeTensorRT, tmp_path: Path) ->
     run(job(tmp_path, tiny_model()))
     assert asked(trt)["timing_cache"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["engine", "graph.onnx", "layers"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantized_engine_takes_no_flag_and_no_version_without_strong_typing(
+    old: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    error = fails(job(tmp_path, half_model(), precision=precision), "tensorrt-version", EnvironmentLackError)
+    assert "TensorRT 10 or newer" in str(error.expected)
+    new = fake_trt.install(monkeypatch, NEW)
+    run(job(tmp_path, half_model(), precision=precision))
+    assert asked(new)["flags"] == []
