@@ -5,6 +5,7 @@ The stand-ins compute with ONNX Runtime, so that the numbers are those of the ty
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def test_export_builds_and_everything_else_runs_the_engines(cli: Cli, device: st
     for density in ("1.0", "0.5") if case == "densities" else (None,):
         found = ok(cli("run", out, image, "--json", *(() if density is None else ("--density", density))))
         assert len(found["images"]) == 1
+    result, page = tmp_path / "bench.json", tmp_path / "report.html"
+    found = cli("bench", out, "--quick", "--rounds", "2", "--images", "4", "--layers", "-o", result)
+    assert found.code == 0, found.err
+    assert "where the time goes" in found.out
+    assert "do not add up to the latency" in found.err
+    layers = json.loads(result.read_text())["layers"]
+    assert {one["source"] for one in layers} == {"tensorrt profiler"}
+    assert {"attention", "mlp", "selection"} <= {part["part"] for part in layers[1]["parts"]}
+    ok(cli("report", result, "-o", page, "--json"))
+    assert "tensorrt profiler, 5 runs" in page.read_text()
     accuracy = ok(cli("evaluate", out, "--data", "digits", "--limit", "60", "--json"))
     assert accuracy["emulated"] is None
     assert all(graph["top1"] > 0.8 for graph in accuracy["graphs"].values())

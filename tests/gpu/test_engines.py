@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from edgeprune.bench import bench_bundle
 from edgeprune.checks.compare import draw_images
 from edgeprune.checks.parity import check_parity, model_from_manifest, verify_bundle
 from edgeprune.errors import EnvironmentLackError
@@ -190,3 +191,20 @@ def test_engines_run_beside_torch(folder: Path) -> None:
         b = a @ a
         np.testing.assert_array_equal(session.run(x).logits, first)
         assert b.sum().item() == pytest.approx(product, rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["static", "densities", "buckets"])
+def test_layers_tell_where_the_time_goes(folder: Path, form: str) -> None:
+    fields: dict[str, Any] = {"densities": {"densities": (1.0, 0.5)}, "buckets": {"buckets": "16,32,48,64"}}.get(
+        form, {}
+    )
+    bundle = export(folder, "sait" if form == "buckets" else "evit", **fields)
+    build(bundle)
+    result = bench_bundle(bundle, rounds=4, quick=True, layers=True)
+    assert [one.runner for one in result.layers] == [runner.name for runner in result.runners]
+    for one in result.layers:
+        times = {part.part: part.ms or 0.0 for part in one.parts}
+        assert one.source == "tensorrt profiler"
+        assert sum(times.values()) > 0
+        assert times.get("other", 0.0) < 0.5 * sum(times.values()), one.nodes  # most layers tell what they were made of
+        assert one.wall_ms is not None and sum(times.values()) < one.wall_ms  # which has all layers in it
