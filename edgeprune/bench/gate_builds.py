@@ -65,8 +65,7 @@ def fresh_builds(
         for number in range(1, count + 1):
             copy = Bundle(Path(folder) / str(number), manifest)
             _copy_files(bundle, copy.path)
-            step = f"build {number} of {count}"
-            build_engines(copy, options, _named(progress, step))
+            build_engines(copy, options, named(progress, f"build {number} of {count}") or _silent)
             copies.append(copy)
         yield copies
 
@@ -82,5 +81,10 @@ def _copy_files(bundle: Bundle, out: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def _named(progress: Progress | None, what: str) -> Progress:
-    return lambda step, share: None if progress is None else progress(f"{what}: {step}", share)
+def named(progress: Progress | None, what: str) -> Progress | None:
+    """Return a progress whose steps begin with what they are of."""
+    return None if progress is None else lambda step, share: progress(f"{what}: {step}", share)
+
+
+def _silent(step: str, share: float) -> None:
+    """Report nothing."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgeprune.bench.bench import IMAGES, device_of, ratio_clock
 from edgeprune.bench.gate import Comparison, Gate, Side, learn_floor
-from edgeprune.bench.gate_builds import check_builds, fresh_builds
+from edgeprune.bench.gate_builds import check_builds, fresh_builds, named
 from edgeprune.bench.gate_rules import TIMES
 from edgeprune.bench.gate_stats import weigh_apart, weigh_paired
 from edgeprune.bench.images import make_images
@@ -142,7 +142,7 @@ def compare_bundles(
     reruns = []
     if gate.suspects(old, new):
         reruns = [
-            measure_pair(base, head, plan, swapped=i % 2 == 0, progress=_named(progress, "confirmation"))
+            measure_pair(base, head, plan, swapped=i % 2 == 0, progress=named(progress, "confirmation"))
             for i in range(confirm)
         ]
     clock = ratio_clock(plan.threads, device is not None)
@@ -173,7 +173,7 @@ def measure_pair(
     with ExitStack() as stack:
         if plan.builds:
             for name, bundle in pair.items():
-                step = _named(progress, name)
+                step = named(progress, name)
                 made = fresh_builds(bundle, plan.builds, batch=plan.batch, dense=plan.dense, progress=step)
                 sides[name] = stack.enter_context(made)
         found = _measure_sides(sides, plan, swapped=swapped, progress=progress)
@@ -228,7 +228,7 @@ def calibrate(bundle: Bundle, plan: PairPlan, runs: int, *, progress: Progress |
     apart: list[dict[str, float]] = []
     before: Side | None = None
     for i in range(runs):
-        step = _named(progress, f"run {i + 1} of {runs}")
+        step = named(progress, f"run {i + 1} of {runs}")
         base, head = measure_pair(bundle, bundle, plan, swapped=i % 2 == 1, progress=step)
         together.append(_worst(base, head, paired=True))
         if before is not None:
@@ -293,7 +293,3 @@ def _segment(measured: Measurement, prefix: str, *, cpu: bool) -> dict[str, Any]
         for name, s in measured.samples.items()
         if name.startswith(prefix)
     }
-
-
-def _named(progress: Progress | None, what: str) -> Progress | None:
-    return None if progress is None else lambda step, share: progress(f"{what}: {step}", share)

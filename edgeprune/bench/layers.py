@@ -55,13 +55,13 @@ class PartTime:
     Attributes:
         part: of `PARTS`; "selection" is choosing tokens, scoring and gathering them included, "reformat" and "fused"
             are of engines (see `part_of_layer`), and "other" is what belongs to none.
-        ms: of one run; None where only the names of the layers are known.
-        share: of all parts.
+        ms: of one run.
+        share: of all parts; None where none took any time.
         nodes: that belong to it.
     """
 
     part: str
-    ms: float | None
+    ms: float
     share: float | None
     nodes: int
 
@@ -73,7 +73,7 @@ class NodeTime:
     name: str
     op: str
     part: str
-    ms: float | None
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class LayersResult:
         graphs: of the bundle that it ran.
         source: "onnxruntime profiler" or "tensorrt profiler".
         runs: profiled; the times are medians over them.
-        wall_ms: median of a run while it was profiled, None where it was not run.
+        wall_ms: median of a run while it was profiled.
         parts: in the order of `PARTS`, those that have a node.
         nodes: the slowest ones, slowest first.
         note: what to know about the times.
@@ -95,7 +95,7 @@ class LayersResult:
     graphs: list[str]
     source: str
     runs: int
-    wall_ms: float | None
+    wall_ms: float
     parts: list[PartTime]
     nodes: list[NodeTime] = field(default_factory=list)
     note: str | None = None
@@ -248,16 +248,16 @@ def summarise_layers(
     nodes: Sequence[NodeTime],
     *,
     runs: int,
-    wall_ms: float | None,
+    wall_ms: float,
     source: str = SOURCE,
     note: str = NOTE,
 ) -> LayersResult:
     """Return the parts of a runner's nodes."""
-    total = sum(node.ms or 0.0 for node in nodes)
+    total = sum(node.ms for node in nodes)
     parts = []
     for part in PARTS:
-        own = [node.ms or 0.0 for node in nodes if node.part == part]
+        own = [node.ms for node in nodes if node.part == part]
         if own:
             parts.append(PartTime(part, sum(own), sum(own) / total if total > 0 else None, len(own)))
-    slowest = sorted(nodes, key=lambda node: -(node.ms or 0.0))[:SLOWEST]
+    slowest = sorted(nodes, key=lambda node: -node.ms)[:SLOWEST]
     return LayersResult(runner, list(graphs), source, runs, wall_ms, parts, slowest, note)

@@ -170,6 +170,36 @@ def test_buckets_are_built_for_the_batches_that_parts_of_a_batch_make(jobs: list
     assert batches == {1, 2}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "evit", "densities": (1.0, 0.7), "stages": "1"},
+        {"method": "sait", "method_options": {"mass": "0.8"}, "stages": "1,2", "buckets": "36,39"},
+        {"method": "dense"},
+    ],
+    ids=lambda fields: str(fields["method"]),
+)
+@pytest.mark.filterwarnings("ignore::edgeprune.errors.EdgepruneWarning")  # stand-ins fuse nothing
+def test_every_form_of_bundle_runs_on_fresh_builds(jobs: list[Job], tmp_path: Path, fields: dict[str, Any]) -> None:
+    pytest.importorskip("torch")
+    from edgeprune.export import ExportRequest, export_model
+    from edgeprune.runtime.session import Session
+
+    model: dict[str, Any] = {"model": "vit_digits", "model_options": {"depth": 3}, "random_weights": True}
+    request = ExportRequest(**model, **fields, target="trt-fp16", selection="native", batch=(1, 2), verify=False)
+    bundle = export_model(request, tmp_path / "bundle")
+    images = np.zeros((2, 3, 64, 64), np.float32)
+    with fresh_builds(bundle, 1, batch=2, dense=True) as (copy,):
+        session = Session(copy, check_hashes=False)
+        for density in session.densities or (None,):
+            if density is not None:
+                session.density = density
+            assert session.run(images).logits.shape == (2, 10)
+        if "dense" in bundle.manifest.graphs:
+            assert Session(copy, graph="dense", check_hashes=False).run(images).logits.shape == (2, 10)
+    assert not (bundle.path / ENGINES_FOLDER).exists()
+
+
 def measured(monkeypatch: pytest.MonkeyPatch, levels: Callable[[str, int], float]) -> list[list[str]]:
     """Replace measuring by made-up times, milliseconds by runner and number of the run; return what was measured."""
     asked: list[list[str]] = []
