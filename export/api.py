@@ -191,6 +191,7 @@ def write_bundle(
     from edgeprune.checks.compare import remark
     from edgeprune.export.emit.weights import weight_arrays
     from edgeprune.export.graphs import GraphWriter, whole_plans
+    from edgeprune.export.quantize import quantize, quantized_reference
     from edgeprune.export.writer import WeightStore
     from edgeprune.runtime.manifest import AdaptiveInfo, PreprocessInfo
 
@@ -199,8 +200,6 @@ def write_bundle(
     adaptive, quantized = None, None
     image_info = PreprocessInfo.model_validate(preprocessing(config))
     if resolved.target.quantizes:
-        from edgeprune.export.quantize import quantize
-
         quantized = quantize(resolved, model, image_info, lambda step, share: report(step, 0.05 + 0.15 * share))
         warnings = [*warnings, *quantized.warnings]
     with WeightStore(writer.path / "model.onnx.data") as store:
@@ -260,7 +259,10 @@ def write_bundle(
     }
     if request.verify:
         report("comparing with PyTorch", 0.7)
-        fields |= verify_fields(writer.preview(fields), model, resolved)
+        reference = model
+        if quantized is not None:
+            reference = quantized_reference(model, quantized.pruned, resolved.target)
+        fields |= verify_fields(writer.preview(fields), reference, resolved)
         if said := remark(fields["parity"]):
             fields["warnings"] = [*warnings, said]
     report("hashing and moving into place", 0.95)
@@ -299,7 +301,7 @@ def verify_fields(bundle: Bundle, model: PrunedViT, resolved: Resolved) -> dict[
 
     Args:
         bundle: the graphs as written.
-        model: the reference in eval mode.
+        model: the reference in eval mode, quantized where the graphs are.
         resolved: says which stages each density has.
 
     Raises:

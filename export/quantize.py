@@ -24,7 +24,9 @@ from edgeprune.export.graphs import make_plan
 from edgeprune.export.pipeline import lower
 from edgeprune.export.quantized_accuracy import ImageSet, Report, Run, judge, open_images, refer
 from edgeprune.export.request import Resolved
+from edgeprune.export.saturation import saturates
 from edgeprune.export.sensitivity import choose_float, match_layers, parse_keep_float
+from edgeprune.export.targets.base import Target
 from edgeprune.export.targets.registry import get_target
 from edgeprune.export.turns import measure_in_turns
 from edgeprune.export.writer import WeightStore
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
 FLOAT = "float"
 NOISE, NOISE_IMAGES = "noise", 16
 THREADS = 1  # of the runs that decide
-BY_TRIAL = 128  # images that tell whether a faster scheme is as good
-FASTER, AS_GOOD = 0.98, 0.005  # static is taken when it needs less of the time and agrees as often, up to this share
+BY_TRIAL = 512  # images that tell whether a faster scheme is as good
+FASTER = 0.98  # static is taken when it needs at most this share of the time and agrees with the float model as often
 PORTABLE_BITS, DOT_PRODUCT_BITS = 7, 8
 
 
@@ -129,7 +131,7 @@ class _Quantizer:
             weight_bits=chosen.weight_bits,
             layers=len(chosen.layers),
             kept_float=[layer for layer in layers if layer not in chosen.layers],
-            ranges=self._ranges_info() if chosen.scheme == "static" else None,
+            ranges=self._ranges_info(chosen) if chosen.scheme == "static" else None,
             accuracy=accuracy,
             speed=speed,
         )
@@ -185,11 +187,12 @@ class _Quantizer:
             )
         return replace(quantization, scheme="static", ranges=self.ranges["pruned"])
 
-    def _ranges_info(self) -> RangesInfo:
+    def _ranges_info(self, chosen: Quantization) -> RangesInfo:
         assert self.images is not None
         name, percentile = parse_method(self.resolved.request.calibration_method)
         method = f"{name}:{percentile:g}" if name == "percentile" else name
-        return RangesInfo(data=self.images.name, images=len(self.images), method=method)
+        values = {layer: chosen.ranges[layer] for layer in sorted(chosen.layers)}
+        return RangesInfo(data=self.images.name, images=len(self.images), method=method, values=values)
 
     def _choose_scheme(
         self, trials: Trials, dynamic: Quantization, static: Quantization | None
@@ -212,12 +215,10 @@ class _Quantizer:
             judge(trials.run_of(form), some, trials.batch, self.report).top1_agreement for form in (dynamic, static)
         ]
         faster = speed.ms["static"] < FASTER * speed.ms["dynamic"]
-        return (static if faster and agreement[1] >= agreement[0] - AS_GOOD else dynamic), speed
+        return (static if faster and agreement[1] >= agreement[0] else dynamic), speed
 
     def _fake(self, quantization: Quantization) -> PrunedViT:
-        from edgeprune.quantization.fake import fake_quantized
-
-        return fake_quantized(self.model, quantization, symmetric=self.resolved.target.device is not None)
+        return quantized_reference(self.model, quantization, self.resolved.target)
 
     def _judge(self, trials: Trials, chosen: Quantization) -> QuantizedAccuracy | None:
         """Return what the quantized graph costs on the images to judge by, None without.
@@ -241,6 +242,13 @@ class _Quantizer:
                 details=found.model_dump(),
             )
         return found
+
+
+def quantized_reference(model: PrunedViT, quantization: Quantization, target: Target) -> PrunedViT:
+    """Return the model as a target's kernels quantize it, in torch."""
+    from edgeprune.quantization.fake import fake_quantized
+
+    return fake_quantized(model, quantization, symmetric=target.device is not None)
 
 
 class Trials:
@@ -336,6 +344,11 @@ class Trials:
 def quantization_warnings(resolved: Resolved, info: QuantizationInfo) -> list[str]:
     """Return what a user should know of a quantized bundle."""
     warnings = []
+    if info.weight_bits > PORTABLE_BITS and resolved.target.device is None and saturates():
+        warnings.append(
+            f"weights of {info.weight_bits} bits overflow the integer kernels of this processor ({processor_name()}): "
+            "leave --weight-bits out"
+        )
     if info.scheme == "dynamic" and resolved.request.batch[1] > 1:
         warnings.append(
             "the ranges of a dynamic quantization are taken over a batch: an image's logits depend on its batch"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeprune.errors import InternalError
+from edgeprune.pruning.model import PrunedViT
 from edgeprune.quantization.scheme import (
     FP8_MAX,
     SMALLEST_SCALE,
@@ -160,4 +161,6 @@ def fake_quantized(model: M, quantization: Quantization, *, symmetric: bool = Fa
         parent, _, last = name.rpartition(".")
         values = quantization.ranges[name] if static else None
         setattr(modules[parent], last, FakeQuantizedLinear(linear, quantization, values, symmetric=symmetric))
+    if isinstance(other, PrunedViT):
+        other.ranges_of_batch = not static
     return other

@@ -141,11 +141,13 @@ class RangesInfo(_Model):
     Attributes:
         data: what was asked for, without its path; "noise" when there was none.
         method: how a range follows from what was seen, such as "percentile:99.99".
+        values: least and largest value of the input of every quantized layer, of the pruned graph.
     """
 
     data: str
     images: Size
     method: str
+    values: dict[str, tuple[FiniteFloat, FiniteFloat]]
 
 
 class QuantizedAccuracy(_Model):
