@@ -131,4 +131,6 @@ def _export_command(
     if options["stages"]:
         words.append(f"--stages {options['stages']}")
     words += [f"--method-option {key}={value}" for key, value in settings.items()]
+    if options["quantize"] is not None:
+        words.append(f"--target ort-cpu-{options['quantize']}")
     return " ".join([*words, f"--checkpoint {path} -o out/my-model"])

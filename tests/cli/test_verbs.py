@@ -437,6 +437,7 @@ def test_finetune_shows_what_float_and_quantized_layers_reach(
     shown = {" ".join(line.split()) for line in result.out.splitlines()}
     assert {"top-1 before 50.00 %", "top-1 90.00 %", "quantized before 25.00 %", "quantized 87.50 %"} <= shown
     assert "averaged 50.00 % top-1, quantized 37.50 %, x.ema.safetensors" in shown
+    assert f"--target ort-cpu-int8 --checkpoint {tmp_path / 'x.safetensors'}" in result.err
 
 
 def test_finetune_refuses_a_precision_it_cannot_train_for(cli: Cli, tmp_path: Path) -> None:
