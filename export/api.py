@@ -261,7 +261,8 @@ def write_bundle(
         report("comparing with PyTorch", 0.7)
         reference = model
         if quantized is not None:
-            reference = quantized_reference(model, quantized.pruned, resolved.target)
+            alone = request.batch[1] == 1
+            reference = quantized_reference(model, quantized.pruned, resolved.target, per_image=alone)
         fields |= verify_fields(writer.preview(fields), reference, resolved)
         if said := remark(fields["parity"]):
             fields["warnings"] = [*warnings, said]

@@ -218,7 +218,7 @@ class _Quantizer:
         return (static if faster and agreement[1] >= agreement[0] else dynamic), speed
 
     def _fake(self, quantization: Quantization) -> PrunedViT:
-        return quantized_reference(self.model, quantization, self.resolved.target)
+        return quantized_reference(self.model, quantization, self.resolved.target, per_image=True)
 
     def _judge(self, trials: Trials, chosen: Quantization) -> QuantizedAccuracy | None:
         """Return what the quantized graph costs on the images to judge by, None without.
@@ -244,11 +244,11 @@ class _Quantizer:
         return found
 
 
-def quantized_reference(model: PrunedViT, quantization: Quantization, target: Target) -> PrunedViT:
-    """Return the model as a target's kernels quantize it, in torch."""
+def quantized_reference(model: PrunedViT, quantization: Quantization, target: Target, *, per_image: bool) -> PrunedViT:
+    """Return the model as a target's kernels quantize it, in torch; dynamic ranges of an image or of a batch."""
     from edgeprune.quantization.fake import fake_quantized
 
-    return fake_quantized(model, quantization, symmetric=target.device is not None)
+    return fake_quantized(model, quantization, symmetric=target.device is not None, per_image=per_image)
 
 
 class Trials:

@@ -52,18 +52,20 @@ def verify_bundle(
         InputError: `parity-precision`, or those of `Session`.
     """
     session = session or open_for_checks(bundle)[0]
-    config = config_from_manifest(bundle.manifest)
-    if bundle.manifest.quantization is not None:
+    manifest = bundle.manifest
+    if manifest.quantization is not None or density is not None:
+        config = config_from_manifest(manifest)
+    if manifest.quantization is not None:
         from edgeprune.export.quantize import quantized_reference
         from edgeprune.export.targets.registry import get_target
 
-        quantization = quantization_of(bundle.manifest.quantization, config)
-        model = quantized_reference(model, quantization, get_target(bundle.manifest.target))  # type: ignore[arg-type]
+        quantization, target = quantization_of(manifest.quantization, config), get_target(manifest.target)
+        alone = manifest.batch[1] == 1
+        model = quantized_reference(model, quantization, target, per_image=alone)  # type: ignore[arg-type]
     if density is not None:
         session.density = density
-        info = next(d for d in bundle.manifest.densities if d.keep_rate == density)
-        method = bundle.manifest.method
-        model = model.with_stages(stages_from_manifest(method, config, info.stages))  # type: ignore[operator]
+        info = next(d for d in manifest.densities if d.keep_rate == density)
+        model = model.with_stages(stages_from_manifest(manifest.method, config, info.stages))  # type: ignore[operator]
     return compare_session(session, model, images=images, seed=seed, tolerance=tolerance)
 
 

@@ -37,7 +37,7 @@ class FakeQuantizedLinear(nn.Linear):
     """A linear layer with the parameters of another and quantized weights and inputs.
 
     A dynamic range is that of the tensor the layer is called with, so an image's output depends on its batch, as it
-    does in a kernel.
+    does in a kernel; or of each image, as in a kernel that gets one at a time.
 
     Args:
         linear: whose parameters are shared.
@@ -45,15 +45,22 @@ class FakeQuantizedLinear(nn.Linear):
         values: the measured range of the input, for the static scheme.
         symmetric: static integers are signed with zero in their middle, as TensorRT wants them, not unsigned with a
             zero point.
+        per_image: every entry of the input's first dimension has a dynamic range of its own.
     """
 
     def __init__(
-        self, linear: nn.Linear, quantization: Quantization, values: Range | None = None, *, symmetric: bool = False
+        self,
+        linear: nn.Linear,
+        quantization: Quantization,
+        values: Range | None = None,
+        *,
+        symmetric: bool = False,
+        per_image: bool = False,
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.precision, self.weight_bits = quantization.precision, quantization.weight_bits
-        self.values, self.symmetric = values, symmetric
+        self.values, self.symmetric, self.per_image = values, symmetric, per_image
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,10 +77,10 @@ class FakeQuantizedLinear(nn.Linear):
         return straight_through(self.weight, held.mul_(scale))
 
     def rounded_input(self, x: Tensor) -> Tensor:
-        """Return an input of any shape as the kernel sees it, with one scale."""
+        """Return an input [..., in] as the kernel sees it."""
         floats = x.detach().float()
         if self.values is None:
-            scale, zero = dynamic_scale(floats)
+            scale, zero = dynamic_scale(floats, per_image=self.per_image)
             held = (floats / scale).round_().add_(zero).clamp_(0, UINT8_MAX)
             return straight_through(x, held.sub_(zero).mul_(scale))
         if self.precision == "fp8":
@@ -96,12 +103,15 @@ class FakeQuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.precision}, {scheme}"
 
 
-def dynamic_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point, float32 scalars, of 8-bit unsigned integers for the values of a tensor and zero.
+def dynamic_scale(x: Tensor, *, per_image: bool = False) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point of 8-bit unsigned integers for the values of a tensor and zero.
+
+    Both are float32 [1, ..., 1], or [B, 1, ..., 1] for every image alone; zero points are whole numbers.
 
     Source: the operator DynamicQuantizeLinear of ONNX; a tensor of zeros has scale 1, as in ONNX Runtime.
     """
-    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    over = tuple(range(int(per_image), x.ndim))
+    low, high = x.amin(over, keepdim=True).clamp_(max=0), x.amax(over, keepdim=True).clamp_(min=0)
     scale = (high - low) / torch.full_like(high, UINT8_MAX)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return scale, (-low / scale).clamp(0, UINT8_MAX).round()
@@ -130,7 +140,7 @@ def straight_through(values: Tensor, rounded: Tensor, inside: Tensor | None = No
     return result
 
 
-def fake_quantized(model: M, quantization: Quantization, *, symmetric: bool = False) -> M:
+def fake_quantized(model: M, quantization: Quantization, *, symmetric: bool = False, per_image: bool = False) -> M:
     """Return a copy of a model whose named linear layers compute as quantized ones.
 
     The copy shares every parameter and buffer with the model and has the same state_dict: training one trains the
@@ -140,6 +150,7 @@ def fake_quantized(model: M, quantization: Quantization, *, symmetric: bool = Fa
         model: stays as it is.
         quantization: which layers, and how.
         symmetric: as in `FakeQuantizedLinear`; for the static scheme.
+        per_image: likewise; for the dynamic one.
 
     Raises:
         InternalError: `quantization` when a name is no linear layer of the model, a static layer has no range, or the
@@ -160,7 +171,8 @@ def fake_quantized(model: M, quantization: Quantization, *, symmetric: bool = Fa
             raise InternalError(f"'{name}' is no linear layer of the model", code="quantization")
         parent, _, last = name.rpartition(".")
         values = quantization.ranges[name] if static else None
-        setattr(modules[parent], last, FakeQuantizedLinear(linear, quantization, values, symmetric=symmetric))
+        fake = FakeQuantizedLinear(linear, quantization, values, symmetric=symmetric, per_image=per_image)
+        setattr(modules[parent], last, fake)
     if isinstance(other, PrunedViT):
-        other.ranges_of_batch = not static
+        other.ranges_of_batch = not (static or per_image)
     return other

@@ -126,6 +126,15 @@ def test_dynamic_input_is_rounded_as_the_onnx_operator_does(seed: int, shift: fl
     np.testing.assert_array_equal(quantized(layer()).rounded_input(x).detach().numpy(), expected)
 
 
+def test_every_image_can_have_a_range_of_its_own() -> None:
+    linear, x = layer(), torch.cat([inputs(1), inputs(2, 30.0) * 10])
+    quantization = Quantization("int8", "dynamic", frozenset(["x"]), weight_bits=7)
+    together = FakeQuantizedLinear(linear, quantization, per_image=True)(x)
+    alone = torch.cat([quantized(linear)(image[None]) for image in x])
+    torch.testing.assert_close(together, alone)
+    assert not torch.allclose(quantized(linear)(x)[:2], alone[:2], atol=0.1)
+
+
 def test_input_of_zeros_stays_zeros() -> None:
     linear = layer()
     found = quantized(linear)(torch.zeros(2, 3, 48))
