@@ -133,7 +133,7 @@ def profile_layers(bundle: Bundle, contest: Contest, *, quick: bool) -> list[Lay
     rates = pruned_runners(manifest)
     results = []
     for runner in contest.runners:
-        if runner == "naive":  # not of the bundle
+        if runner in ("naive", "float"):  # not of the bundle
             continue
         graph = "model" if runner in rates or not manifest.method.stages else runner
         options = {"graph": graph, "threads": contest.threads, "density": rates.get(runner)}
