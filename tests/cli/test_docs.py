@@ -1,0 +1,56 @@
+"""The documents say what is true of the code: every error code, every link."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.error_codes import Source, raised_codes
+
+ROOT = Path(__file__).parents[2]
+TROUBLE = ROOT / "docs" / "troubleshooting.md"
+
+
+def explained_codes() -> list[tuple[int, str]]:
+    """Return (exit code, error code) for every row of the page's tables."""
+    found = []
+    for section in re.split(r"^## ", TROUBLE.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        exits = [int(number) for number in re.findall(r"\d+", section.partition("\n")[0])]
+        for code, rest in re.findall(r"^\| `([a-z0-9-]+)` \|(.*)$", section, re.MULTILINE):
+            (exit_code,) = exits if len(exits) == 1 else [e for e in exits if f"({e})" in rest]
+            found.append((exit_code, code))
+    return found
+
+
+def test_every_error_code_is_explained_once_under_its_exit_code() -> None:
+    raised, explained = raised_codes(), explained_codes()
+    missing = {pair: raised[pair] for pair in sorted(raised.keys() - set(explained))}
+    assert not missing, f"raised, but not in {TROUBLE.name}: {missing}"
+    gone = sorted(set(explained) - raised.keys())
+    assert not gone, f"in {TROUBLE.name}, but no longer raised: {gone}"
+    assert len(explained) == len(set(explained))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('InputError("a", code="one")', {"one"}),
+        ('InputError("a", code="one" if x else "two")', {"one", "two"}),
+        ('def f(code):\n    InputError("a", code=code)\nf("one")\nf(code="two")', {"one", "two"}),
+        ('class A:\n    k = "b"\n    def f(self):\n        InputError("", code=f"a-{self.k}")', {"a-b"}),
+    ],
+)
+def test_codes_are_read_from_source(line: str, expected: set[str]) -> None:
+    source = Source()
+    source.read_text(line, "file.py")
+    (call,) = source.calls["InputError"]
+    assert source.texts(call.keywords[0].value) == expected
+
+
+def test_a_code_that_cannot_be_read_is_refused() -> None:
+    source = Source()
+    source.read_text('InputError("a", code=pick())', "file.py")
+    with pytest.raises(ValueError, match="cannot be read"):
+        source.texts(source.calls["InputError"][0].keywords[0].value)
