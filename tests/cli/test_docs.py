@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.documents import all_documents, anchors, links
 from tests.helpers.error_codes import Source, raised_codes
 
 ROOT = Path(__file__).parents[2]
@@ -54,3 +55,22 @@ def test_a_code_that_cannot_be_read_is_refused() -> None:
     source.read_text('InputError("a", code=pick())', "file.py")
     with pytest.raises(ValueError, match="cannot be read"):
         source.texts(source.calls["InputError"][0].keywords[0].value)
+
+
+@pytest.mark.parametrize("document", all_documents())
+def test_links_lead_somewhere(document: str) -> None:
+    lost = []
+    for target in links(document):
+        name, _, anchor = target.partition("#")
+        path = ((ROOT / document).parent / name).resolve() if name else ROOT / document
+        if not path.exists() or (anchor and anchor not in anchors(str(path.relative_to(ROOT)))):
+            lost.append(target)
+    assert not lost
+
+
+def test_headings_become_the_anchors_github_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.helpers.documents.ROOT", tmp_path)
+    (tmp_path / "a.md").write_text("# A `b-c`: d, e_f\n\n## Same\n\n## Same\n\n```sh\n# no heading\n```\n")
+    assert anchors("a.md") == {"a-b-c-d-e_f", "same", "same-1"}
+    (tmp_path / "b.md").write_text('[x](a.md#same) ![y](p.png) `[n](no)` <img src="q.png"> [w](https://a.b)\n')
+    assert links("b.md") == ["a.md#same", "p.png", "q.png"]
