@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.documents import all_documents, anchors, links
+from tests.cli.conftest import Cli
+from tests.helpers.documents import Block, all_documents, anchors, blocks, commands, links, read
 from tests.helpers.error_codes import Source, raised_codes
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +76,43 @@ def test_headings_become_the_anchors_github_makes(tmp_path: Path, monkeypatch: p
     assert anchors("a.md") == {"a-b-c-d-e_f", "same", "same-1"}
     (tmp_path / "b.md").write_text('[x](a.md#same) ![y](p.png) `[n](no)` <img src="q.png"> [w](https://a.b)\n')
     assert links("b.md") == ["a.md#same", "p.png", "q.png"]
+
+
+def tutorial_steps() -> list[Block]:
+    """Return the blocks of the tutorial that need no file but those of the checkout and of earlier steps."""
+    first, second = (read("docs/tutorial.md").index(f"## Part {part}:") for part in (1, 2))
+    lines = [read("docs/tutorial.md").count("\n", 0, place) for place in (first, second)]
+    return [
+        block
+        for block in blocks("docs/tutorial.md")
+        if lines[0] < block.line < lines[1] and "out/tutorial" in block.text
+    ]
+
+
+@pytest.mark.slow
+def test_the_first_part_of_the_tutorial_runs(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    steps = tutorial_steps()
+    assert len(steps) == 8
+    verbs = set()
+    for block in steps:
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), {})
+            continue
+        for line in commands(block):
+            line, _, file = line.partition(" > ")
+            words = shlex.split(line)
+            done = cli(*words[1:])
+            assert done.code == 0, f"{block}: {line}\n{done.err}"
+            if file:
+                Path(file).write_text(done.out)
+            verbs.add(words[1])
+            if words[1] == "verify":
+                assert "PASSED" in done.err
+                assert ("emulated" in done.err) == ("jetson" in line)
+    assert verbs == {"export", "inspect", "verify", "evaluate", "run", "bench", "search", "report", "build"}
+    assert len(list(Path("out/tutorial/overlays").iterdir())) == 1
+    assert Path("out/tutorial/report.html").stat().st_size > 50_000
