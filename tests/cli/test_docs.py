@@ -14,6 +14,7 @@ from tests.helpers.error_codes import Source, raised_codes
 
 ROOT = Path(__file__).parents[2]
 TROUBLE = ROOT / "docs" / "troubleshooting.md"
+SHORT_SEARCH = ["--images", "64", "--subset", "32", "--evaluations", "6", "--finalists", "1"]  # minutes otherwise
 
 
 def explained_codes() -> list[tuple[int, str]]:
@@ -90,9 +91,7 @@ def tutorial_steps() -> list[Block]:
 
 
 @pytest.mark.slow
-def test_the_first_part_of_the_tutorial_runs(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_part_of_the_tutorial_runs(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
     steps = tutorial_steps()
@@ -105,6 +104,7 @@ def test_the_first_part_of_the_tutorial_runs(
         for line in commands(block):
             line, _, file = line.partition(" > ")
             words = shlex.split(line)
+            words += SHORT_SEARCH if words[1] == "search" else []
             done = cli(*words[1:])
             assert done.code == 0, f"{block}: {line}\n{done.err}"
             if file:

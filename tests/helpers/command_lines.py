@@ -141,7 +141,8 @@ def check_edgeprune(words: list[str], capture: Callable[[], object] = lambda: No
     if words[0] == "finetune" and options:
         _check_training(**options)
     if words[0] in ("export", "search") and "--recipe" not in words:  # a recipe is a file that is not here
-        code = run([*words, *([] if "--dry-run" in words else ["--dry-run"])])
+        at = words.index("--labels") if "--labels" in words else len(words)  # a file that is not here either
+        code = run([*words[:at], *words[at + 2 :], *([] if "--dry-run" in words else ["--dry-run"])])
         capture()
         assert code == 0, f"--dry-run ends with {code}"
 
