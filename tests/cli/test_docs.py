@@ -116,3 +116,10 @@ def test_the_first_part_of_the_tutorial_runs(cli: Cli, tmp_path: Path, monkeypat
     assert verbs == {"export", "inspect", "verify", "evaluate", "run", "bench", "search", "report", "build"}
     assert len(list(Path("out/tutorial/overlays").iterdir())) == 1
     assert Path("out/tutorial/report.html").stat().st_size > 50_000
+
+
+def test_pictures_are_small_and_shown() -> None:
+    pictures = {path.relative_to(ROOT) for path in (ROOT / "docs/images").iterdir()}
+    shown = {Path(target) for target in links("README.md") if target.endswith(".png")}
+    assert pictures == shown
+    assert all((ROOT / path).stat().st_size < 150 * 1024 for path in pictures)
