@@ -9,15 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 
 from edgeprune.cli.app import VERBS
-from edgeprune.cli.app import cli as edgeprune
-from edgeprune.cli.ui import Ui
 from edgeprune.runtime.bundle import Bundle
 from tests.cli.conftest import Cli
 from tests.helpers.bench import summary
+from tests.helpers.command_lines import check_edgeprune
 
 CI = Path(__file__).parents[2] / "benchmarks" / "ci"
 
@@ -108,12 +106,8 @@ def command_lines() -> list[str]:
 
 
 @pytest.mark.parametrize("line", command_lines())
-def test_ci_command_lines_are_real(line: str) -> None:
-    words = shlex.split(line)[1:]
-    context = edgeprune.make_context("edgeprune", words, obj=Ui(), resilient_parsing=False)
-    name, command, rest = edgeprune.resolve_command(context, words)
-    assert isinstance(command, click.Command)
-    command.make_context(name, rest, parent=context)
+def test_ci_command_lines_are_real(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_edgeprune(shlex.split(line)[1:], capsys.readouterr)
 
 
 def test_ci_files_use_the_gate() -> None:

@@ -12,20 +12,15 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import click
 import pytest
 
-from edgeprune.cli.app import VERBS, cli
-from edgeprune.cli.ui import Ui
+from tests.helpers.command_lines import options_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docker"
 FILES = sorted(FOLDER.glob("Dockerfile.*"))
 GPU = [path for path in FILES if path.suffix != ".cpu"]
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line for block in re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL) for line in block.splitlines()
-]
 
 
 def load_script(name: str) -> ModuleType:
@@ -108,41 +103,13 @@ def test_what_is_copied_is_there_and_not_ignored(path: Path) -> None:
             assert set(names) <= kept
 
 
-def understood(words: list[str]) -> dict[str, object]:
-    """Return the options the real command line reads from the words behind `edgeprune`."""
-    with cli.make_context("edgeprune", words, obj=Ui()) as context:
-        name, command, rest = cli.resolve_command(context, words)
-        if isinstance(command, click.Group):
-            name, command, rest = command.resolve_command(context, rest)
-        assert command is not None
-        return command.make_context(name, rest, parent=context).params
-
-
 @pytest.mark.parametrize("path", GPU, ids=lambda path: path.name)
 def test_the_plugin_is_built_where_the_image_looks_for_it(path: Path) -> None:
     (step,) = (value for value in of(path, "RUN") if "plugins build" in value)
-    options = understood(shlex.split(step)[3:])
+    options = options_of(shlex.split(step)[3:])
     (variable,) = re.findall(r"EDGEPRUNE_PLUGIN_PATH=(\S+)", dict(last_stage(path))["ENV"])
     assert str(options["output"]) == variable
     assert options["preset"] or options["archs"]
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_shown_command_is_understood(line: str) -> None:
-    words = shlex.split(line)
-    if words[0] == "edgeprune":
-        understood(words[1:])
-        return
-    assert words[0] == "docker"
-    images = [word for word in words if word.startswith("edgeprune:")]
-    known = {f"edgeprune:{path.suffix[1:]}" for path in FILES}
-    assert set(images) <= known
-    if words[1] == "build":
-        assert (ROOT / words[words.index("-f") + 1]).is_file()
-        return
-    rest = words[words.index(images[0]) + 1 :] if images else words[words.index("--rm") + 2 :]
-    assert rest[0] in VERBS
-    understood(rest)
 
 
 def test_compose_names_the_images() -> None:
