@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf .stage && mkdir .stage && cp -r edgeprune .stage/edgeprune && cp -r export .stage/edgeprune/export
-	cd .stage && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p edgeprune
+	cd .stage && $(abspath $(BIN))/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p edgeprune
 	rm -rf .stage
 
 format: setup

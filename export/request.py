@@ -273,7 +273,7 @@ def check_quantization(request: ExportRequest, target: Target) -> None:
             flag = given[0].replace("_", "-")
             raise InputError(
                 f"--{flag} for target '{target.name}', which does not quantize",
-                code=flag,
+                code="quantization",
                 expected=f"a target that does, without --{flag} otherwise",
                 hint="--target ort-cpu-int8; see `edgeprune targets`",
             )
