@@ -1,7 +1,10 @@
 """A bundle whose model another tool has quantized, such as NVIDIA's Model Optimizer or ONNX Runtime's own quantizer.
 
 The tool gets `model.onnx` of a bundle for TensorRT and gives back a graph with QuantizeLinear and DequantizeLinear.
-That graph is looked at as if it were ours: what it takes and gives, the rules of TensorRT, what it says of images.
+That graph is looked at: what it takes and gives, the rules of TensorRT's parser, what it says of images. What costs
+speed alone, as attention in integers does, becomes a warning: tools differ in what they quantize.
+
+Model Optimizer is no extra of this package: its own pins onnxruntime-gpu, which cannot stand beside onnxruntime.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from edgeprune.checks.compare import Images, draw_images, jaccard, limits_of
 from edgeprune.errors import BuildError, InputError
 from edgeprune.export.emulate import open_emulated
 from edgeprune.export.lint import LintContext, run_lint
-from edgeprune.export.lint.tensorrt import QUANTIZED_RULES, merge_why_not, tensorrt_rules, why_not
+from edgeprune.export.lint.tensorrt import FORM_RULES, QUANTIZED_RULES, merge_why_not, tensorrt_rules, why_not
 from edgeprune.export.targets.registry import get_target
 from edgeprune.export.writer import INLINE_BYTES, graph_info
 from edgeprune.runtime.bundle import Bundle, BundleWriter, load_bundle
@@ -34,6 +37,7 @@ from edgeprune.runtime.router import IMAGES, KEPT
 FROM = ("trt-fp32", "trt-fp16")
 MODEL, FILE, WEIGHTS = "model", "model.onnx", "model.quantized.data"
 BY_IMAGES = 16
+SHOWN = 3  # nodes in a warning
 FLOAT8 = onnx.TensorProto.FLOAT8E4M3FN
 Progress = Callable[[str, float], None]
 
@@ -62,7 +66,7 @@ def adopt(
     Raises:
         InputError: `target`, `adaptive`, `graph-not-found`, `graph-invalid`, `graph-differs`, `graph-not-quantized`;
             those of loading a bundle and writing one.
-        BuildError: `lint` with every rule it breaks, `parity` when it answers differently.
+        BuildError: `lint` with every rule of the parser it breaks, `parity` when it answers differently.
     """
     report = progress or (lambda step, share: None)
     source = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -72,9 +76,10 @@ def adopt(
     info = GraphInfo.model_validate(graph_info(model, FILE))
     _check_interface(info, source.manifest.graphs[MODEL])
     target = get_target(f"trt-{precision_of(model)}")
-    rules = (*tensorrt_rules(), *QUANTIZED_RULES)
     report("checking the rules of TensorRT", 0.3)
-    run_lint(LintContext(model, None, target.domains), rules, target.name)
+    context = LintContext(model, None, target.domains)
+    run_lint(context, tensorrt_rules(), target.name)
+    remarks = _remarks(context)
     with BundleWriter(Path(out), overwrite=overwrite) as writer:
         kept = {name: g for name, g in source.manifest.graphs.items() if name != MODEL and g.variant_of is None}
         _write(model, source, kept, writer.path)
@@ -88,6 +93,7 @@ def adopt(
         models = [onnx.load(writer.path / g.file, load_external_data=False) for g in kept.values()]
         tables = [why_not(each, None) for each in (model, *models)]
         fields = _fields(source.manifest, target.name, target.precision, {MODEL: info, **kept}, agreement)
+        fields["warnings"] += remarks
         fields |= {"opset": _opset(model), "tensorrt": merge_why_not(tables)}
         report("hashing and moving into place", 0.9)
         made = writer.finish(fields)
@@ -176,6 +182,18 @@ def _check_interface(found: GraphInfo, wanted: GraphInfo) -> None:
 
 def _words(tensor: tuple[str, list[int]] | None) -> str:
     return "absent" if tensor is None else f"{tensor[0]}{tensor[1]}"
+
+
+def _remarks(context: LintContext) -> list[str]:
+    """Return what may cost an engine speed, or agreement on the tokens that stay, each once with its nodes."""
+    nodes: dict[str, list[str]] = {}
+    for rule in (*QUANTIZED_RULES, *FORM_RULES):
+        for finding in rule(context):
+            nodes.setdefault(finding.reason, []).append(finding.node)
+    return [
+        f"{reason} ({', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''})"
+        for reason, names in nodes.items()
+    ]
 
 
 def _write(model: onnx.ModelProto, source: Bundle, kept: dict[str, GraphInfo], folder: Path) -> None:

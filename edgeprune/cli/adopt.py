@@ -15,8 +15,8 @@ from edgeprune.cli.ui import Ui, pairs
 @verb(
     "adopt",
     "Take a graph that another tool quantized into a bundle.\n\nBUNDLE is one for trt-fp16 or trt-fp32, GRAPH what the "
-    "tool made of its model.onnx: the same inputs and outputs, QuantizeLinear and DequantizeLinear at the products. It "
-    "is checked against TensorRT's rules and compared with the original on this machine. The new bundle is for "
+    "tool made of a copy of its model.onnx: the same inputs and outputs, QuantizeLinear and DequantizeLinear inside. "
+    "It is checked against TensorRT's rules and compared with the original on this machine. The new bundle is for "
     "trt-int8 or trt-fp8; its baselines are those of BUNDLE.",
 )
 @click.argument("bundle", type=BUNDLE)
@@ -46,6 +46,8 @@ def command(
     ui.written.append(made.path)
     parity = made.manifest.parity
     assert parity is not None
+    for warning in made.manifest.warnings[len(source.manifest.warnings) :]:
+        ui.warn(warning)
     rows = [
         ("bundle", str(made.path)),
         ("target", made.manifest.target),
@@ -55,4 +57,9 @@ def command(
         ("kept tokens the same", None if parity.kept_overlap is None else f"{parity.kept_overlap:.2%}"),
     ]
     ui.data(pairs(rows))
-    return {"bundle": str(made.path), "target": made.manifest.target, "parity": parity.model_dump()}
+    return {
+        "bundle": str(made.path),
+        "target": made.manifest.target,
+        "parity": parity.model_dump(),
+        "warnings": made.manifest.warnings,
+    }

@@ -62,6 +62,17 @@ def test_graph_of_another_quantizer_becomes_a_bundle(bundle: Path, quantized: Pa
         assert (made.path / file).read_bytes() == (bundle / file).read_bytes()
 
 
+def test_what_costs_speed_is_a_warning(bundle: Path, quantized: Path, tmp_path: Path) -> None:
+    def one_factor(model: onnx.ModelProto) -> None:
+        """Let a product read floats where another tool quantized them."""
+        makers = {name: node for node in model.graph.node for name in node.output}
+        product = next(node for node in model.graph.node if node.name == "blocks.0.mlp.fc1")
+        product.input[0] = makers[makers[product.input[0]].input[0]].input[0]
+
+    made = adopt(bundle, changed(quantized, tmp_path / "graph.onnx", one_factor), tmp_path / "out")
+    assert any("only the second factor is quantized" in warning for warning in made.manifest.warnings)
+
+
 def test_images_are_drawn_where_none_are_given(bundle: Path, quantized: Path, tmp_path: Path) -> None:
     first, second = (adopt(bundle, quantized, tmp_path / str(seed), seed=seed).manifest.parity for seed in (1, 2))
     assert first is not None and second is not None
