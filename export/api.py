@@ -161,7 +161,8 @@ def export_model(request: ExportRequest, out: Path | str, *, progress: Progress 
     Raises:
         InputError: when the request, the checkpoint or the output does not fit.
         EnvironmentLackError: when a package is missing or the disk is full.
-        BuildError: `lint`, or `parity` when the graph does not agree with PyTorch.
+        BuildError: `lint`, `kernels`, or `parity` when the graph does not agree with PyTorch.
+        CheckFailed: `max-drop` when quantization costs more than the request allows.
     """
     report = progress or silent
     report("checking the request", 0.0)
@@ -190,22 +191,28 @@ def write_bundle(
     from edgeprune.checks.compare import remark
     from edgeprune.export.emit.weights import weight_arrays
     from edgeprune.export.graphs import GraphWriter, whole_plans
+    from edgeprune.export.quantize import quantize, quantized_reference
     from edgeprune.export.writer import WeightStore
     from edgeprune.runtime.manifest import AdaptiveInfo, PreprocessInfo
 
     request, config = resolved.request, resolved.config
     model = model.with_stages(resolved.stages)
-    adaptive = None
+    adaptive, quantized = None, None
+    image_info = PreprocessInfo.model_validate(preprocessing(config))
+    if resolved.target.quantizes:
+        quantized = quantize(resolved, model, image_info, lambda step, share: report(step, 0.05 + 0.15 * share))
+        warnings = [*warnings, *quantized.warnings]
     with WeightStore(writer.path / "model.onnx.data") as store:
         graphs = GraphWriter(resolved, weight_arrays(model), store, writer.path)
+        if quantized is not None:
+            graphs.pruned, graphs.dense = quantized.pruned, quantized.dense
         plans, of_density = whole_plans(resolved)
         for step, (name, plan) in enumerate(plans.items()):
             report(f"lowering {name}.onnx", 0.2 + 0.2 * step / len(plans))
             graphs.write([name], plan)
         if resolved.form == "buckets":
             report("lowering stem and rest", 0.4)
-            info = PreprocessInfo.model_validate(preprocessing(config))
-            adaptive = graphs.write_buckets(model, info, lambda step, share: report(step, 0.4 + 0.25 * share))
+            adaptive = graphs.write_buckets(model, image_info, lambda step, share: report(step, 0.4 + 0.25 * share))
             warnings = [*warnings, *bucket_warnings(adaptive, resolved.target)]
         elif resolved.form is not None:
             adaptive = AdaptiveInfo.model_validate({"form": resolved.form})
@@ -231,6 +238,7 @@ def write_bundle(
         "batch": request.batch,
         "lowering": "emitted",
         "selection": resolved.selection if resolved.stages else "none",
+        "quantization": None if quantized is None else quantized.info,
         "dead_rows": request.dead_rows,
         "macs": count_macs(resolved, resolved.stages),
         "graphs": graphs.infos,
@@ -251,7 +259,11 @@ def write_bundle(
     }
     if request.verify:
         report("comparing with PyTorch", 0.7)
-        fields |= verify_fields(writer.preview(fields), model, resolved)
+        reference = model
+        if quantized is not None:
+            alone = request.batch[1] == 1
+            reference = quantized_reference(model, quantized.pruned, resolved.target, per_image=alone)
+        fields |= verify_fields(writer.preview(fields), reference, resolved)
         if said := remark(fields["parity"]):
             fields["warnings"] = [*warnings, said]
     report("hashing and moving into place", 0.95)
@@ -290,7 +302,7 @@ def verify_fields(bundle: Bundle, model: PrunedViT, resolved: Resolved) -> dict[
 
     Args:
         bundle: the graphs as written.
-        model: the reference in eval mode.
+        model: the reference in eval mode, quantized where the graphs are.
         resolved: says which stages each density has.
 
     Raises:

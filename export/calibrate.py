@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprune.data import DIGITS, FOLDER_PREFIX, Dataset, open_dataset
+from edgeprune.data import Dataset, open_dataset, shown_name
 from edgeprune.errors import InputError
 from edgeprune.export.buckets import (
     MARGINS,
@@ -130,7 +129,7 @@ def calibrate(
         for b, share in zip(buckets, expected.shares, strict=True)
     ]
     info = CalibrationInfo(
-        data=spec if spec == DIGITS else FOLDER_PREFIX + Path(spec.removeprefix(FOLDER_PREFIX)).name,
+        data=shown_name(spec),
         images=len(counts),
         histograms=histogram(counts),
         curve=list(ms.items()),

@@ -23,6 +23,7 @@ from edgeprune.export.writer import WeightStore, graph_info
 from edgeprune.pruning.adaptive import with_capacities
 from edgeprune.pruning.base import Constant, Reducer, Stage, TopK
 from edgeprune.pruning.random import NoScorer, constant_selector
+from edgeprune.quantization.scheme import Quantization
 from edgeprune.runtime.manifest import AdaptiveInfo, BucketInfo, CalibrationInfo, PreprocessInfo
 from edgeprune.runtime.ort import OrtBackend
 from edgeprune.runtime.router import IMAGES, SLOTS
@@ -127,6 +128,7 @@ class GraphWriter:
         arrays: weights by name.
         store: their file, in `folder`.
         infos: the manifest's `graphs` so far.
+        pruned, dense: how graphs with and without stages are quantized, for a target that does.
         refusals: for each graph and version of TensorRT why it is not taken, where the target is TensorRT.
     """
 
@@ -134,6 +136,8 @@ class GraphWriter:
     arrays: Mapping[str, np.ndarray]
     store: WeightStore
     folder: Path
+    pruned: Quantization | None = None
+    dense: Quantization | None = None
     infos: dict[str, dict[str, Any]] = field(default_factory=dict)
     refusals: list[dict[str, list[str]]] = field(default_factory=list)
 
@@ -152,7 +156,10 @@ class GraphWriter:
     def _write(self, names: Sequence[str | None], plan: Plan, selection: str) -> None:
         """Write graphs in one form of the selection; a plugin variant without plugin nodes is none."""
         paths = [None if name is None else self.folder / f"{name}.onnx" for name in names]
-        options: dict[str, Any] = {"opset": self.resolved.opset, "selection": selection}
+        quantization = self.pruned if plan.stages else self.dense
+        options: dict[str, Any] = {
+            "opset": self.resolved.opset, "selection": selection, "quantization": quantization
+        }  # fmt: skip
         written = lower(plan, self.arrays, self.resolved.target, paths, self.store, **options)
         self.store.flush()
         for path, proto in written.items():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.export.buckets import check_asked, parse_buckets
+from edgeprune.export.sensitivity import parse_keep_float
 from edgeprune.export.targets.base import Target
 from edgeprune.export.targets.registry import get_target
 from edgeprune.models.config import ViTConfig
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Method, Stage, parse_stages
+from edgeprune.quantization.ranges import parse_method
 
 AUTO = "auto"
 FORMS = ("slots", "computed", "ragged", "buckets")
@@ -35,8 +37,13 @@ class ExportRequest:
             (see `AdaptiveInfo`), or "auto" for what suits the target best, and buckets where there are some.
         buckets: "auto:4", or sizes at the first stage, "48,96,144"; None for no buckets.
         fill: what slots past an image's count hold in a bucket, "mask" or "next-best".
-        calibration: images to choose buckets for: "digits" or "imagefolder:PATH".
+        calibration: images to choose buckets for, or to quantize by: "digits" or "imagefolder:PATH".
         calibration_images: how many of them.
+        calibration_method: how ranges follow from images, see `parse_method`.
+        quantization: "dynamic", "static", or "auto" for the faster one here; of a target that quantizes.
+        keep_float: names or patterns of linear layers that are not quantized, or "auto:POINTS".
+        weight_bits: of quantized weights, 8 or 7; None for 7 where the processor may need it, see `Quantization`.
+        max_drop: points of top-1 that quantization may cost; None for any.
         token_outputs: also return what each stage kept.
         dead_rows: do not compute rows nobody reads.
         selection: "native", "plugin", or "auto" for both, of which the device takes the faster; None for the target's
@@ -65,6 +72,11 @@ class ExportRequest:
     fill: str = "mask"
     calibration: str | None = None
     calibration_images: int = 512
+    calibration_method: str = "percentile"
+    quantization: str = "auto"
+    keep_float: tuple[str, ...] = ()
+    weight_bits: int | None = None
+    max_drop: float | None = None
     token_outputs: bool = False
     dead_rows: bool = True
     selection: str | None = None
@@ -121,6 +133,7 @@ def resolve(request: ExportRequest, config: ViTConfig | None = None) -> Resolved
     target = get_target(request.target)
     check_batch(request.batch)
     check_selection(request.selection, target)
+    check_quantization(request, target)
     opset = target.opset if request.opset is None else request.opset
     if opset not in target.opsets:
         raise InputError(
@@ -201,7 +214,7 @@ def resolve_form(request: ExportRequest, target: Target, stages: tuple[Stage, ..
                 expected="buckets and forms for a method whose token count depends on the image: ats, asvit, sait",
                 hint="give several keep rates instead: --keep-rate 1.0,0.7,0.5" if stages else None,
             )
-        check_bucket_options(request)
+        check_bucket_options(request, target)
         return None
     if asked != "slots" and not alone:
         raise InputError(
@@ -223,22 +236,23 @@ def resolve_form(request: ExportRequest, target: Target, stages: tuple[Stage, ..
             code="buckets",
             expected="one of both: buckets follow the image, keep rates the user",
         )
-    check_bucket_options(request)
+    check_bucket_options(request, target)
     if request.buckets is not None:  # refused before weights are read
         check_asked(parse_buckets(request.buckets), tuple(stage.counts.kept for stage in stages))
     return asked
 
 
-def check_bucket_options(request: ExportRequest) -> None:
+def check_bucket_options(request: ExportRequest, target: Target) -> None:
     """Raise InputError unless the options that go with buckets are used with them."""
     if request.fill not in FILLS:
         raise InputError(f"no fill '{request.fill}'", code="fill", expected=f"one of {', '.join(FILLS)}")
     if request.buckets is None:
-        if request.calibration is not None or request.fill != FILLS[0]:
+        calibration = request.calibration is not None and target.quantizes is None
+        if calibration or request.fill != FILLS[0]:
             raise InputError(
-                "--calibration and --fill are for buckets",
-                code="calibration" if request.calibration is not None else "fill",
-                expected="--buckets beside them",
+                "--calibration and --fill are for buckets" + (", --calibration for quantizing" if calibration else ""),
+                code="calibration" if calibration else "fill",
+                expected="--buckets beside them" + (", or a target such as ort-cpu-int8" if calibration else ""),
                 hint="add --buckets auto:4, or leave them out",
             )
     elif request.calibration is None and parse_buckets(request.buckets).count is not None:
@@ -246,6 +260,46 @@ def check_bucket_options(request: ExportRequest) -> None:
             "buckets can only be chosen for images",
             code="calibration",
             expected="--calibration digits or imagefolder:DIR, or the sizes themselves: --buckets 48,96,144",
+        )
+
+
+def check_quantization(request: ExportRequest, target: Target) -> None:
+    """Raise InputError unless the options of quantization fit the target and each other."""
+    defaults = {f.name: f.default for f in fields(ExportRequest)}
+    options = ("quantization", "keep_float", "weight_bits", "max_drop", "calibration_method")
+    given = [name for name in options if getattr(request, name) != defaults[name]]
+    if target.quantizes is None:
+        if given:
+            flag = given[0].replace("_", "-")
+            raise InputError(
+                f"--{flag} for target '{target.name}', which does not quantize",
+                code=flag,
+                expected=f"a target that does, without --{flag} otherwise",
+                hint="--target ort-cpu-int8; see `edgeprune targets`",
+            )
+        return
+    parse_method(request.calibration_method)
+    parse_keep_float(request.keep_float)
+    schemes = ("auto", "static") if target.device else ("auto", "dynamic", "static")
+    bits = (8,) if target.device else (7, 8)
+    if request.quantization not in schemes:
+        raise InputError(
+            f"no quantization '{request.quantization}' for target '{target.name}'",
+            code="quantization",
+            expected=f"one of {', '.join(schemes)}",
+        )
+    if request.weight_bits is not None and request.weight_bits not in bits:
+        raise InputError(
+            f"weights of {request.weight_bits} bits for target '{target.name}'",
+            code="weight-bits",
+            expected=" or ".join(map(str, bits)),
+        )
+    if request.max_drop is not None and not (0 <= request.max_drop < 100 and request.calibration is not None):
+        raise InputError(
+            f"--max-drop {request.max_drop:g}" + ("" if request.calibration else " without images to measure it by"),
+            code="max-drop",
+            expected="points of top-1 from 0 to below 100, and --calibration beside it",
+            hint="add --calibration digits or imagefolder:DIR",
         )
 
 

@@ -2,70 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from edgeprune.bench.gate_rules import TIMES, Rule, floor_of
+from edgeprune.bench.gate_sides import Side, class_differences, side_of
 from edgeprune.bench.gate_stats import Array, Evidence, weigh_apart, weigh_paired
 from edgeprune.bench.result import BenchResult, RatioClock
 from edgeprune.bench.stats import MIN_BLOCKS
-from edgeprune.runtime.manifest import ParityInfo
 
 SCHEMA = "edgeprune-compare/1"
 ALPHA = 0.01
 Status = Literal["ok", "regressed", "improved", "no-baseline", "unstable"]
-_REDUCE: dict[str, Callable[..., Any]] = {"median": np.median, "mean": np.mean, "min": np.min}
-_CLASS_FIELDS = (
-    *("cpu_model", "cpu_flags", "architecture", "logical_cores", "usable_cores", "threads_per_core", "governor"),
-)
-_BOARD_FIELDS = ("l4t", "nvpmodel", "jetson_clocks")
-
-
-@dataclass(frozen=True)
-class Side:
-    """What is known of BASE or HEAD.
-
-    Attributes:
-        name: for people.
-        segments: runner -> samples [blocks, 2, calls] in milliseconds, one mapping per stretch of measuring.
-        unstable: why its times should not be trusted.
-        parity: agreement of the graph with PyTorch, of a bundle.
-        top1: graph -> share of images classified right, where it was evaluated.
-    """
-
-    name: str
-    segments: list[dict[str, Array]] = field(default_factory=list)
-    unstable: Sequence[str] = ()
-    parity: ParityInfo | None = None
-    top1: Mapping[str, float] = field(default_factory=dict)
-
-    def runners(self) -> list[str]:
-        """Return the names of the graphs the gate looks at: the pruned ones, or the dense one of a dense bundle."""
-        names = list(self.segments[0]) if self.segments else []
-        pruned = [name for name in names if name.startswith("pruned")]
-        return pruned or [name for name in names if name == "dense"]
-
-    def times(self, runner: str, stat: str) -> Array:
-        """Return a value per block [blocks]: the mean over its two visits of the visit's median, mean or minimum."""
-        reduce = _REDUCE[stat]
-        return np.concatenate([reduce(segment[runner], axis=2).mean(axis=1) for segment in self.segments])
-
-    def cost(self, runner: str, stat: str) -> Array | None:
-        """Return what is to stay small [blocks]: times, or for speedup pruned / dense; None where not measured."""
-        if not self.segments or runner not in self.segments[0]:
-            return None
-        if stat != "speedup":
-            return self.times(runner, stat)
-        if runner == "dense" or "dense" not in self.segments[0]:
-            return None
-        return self.times(runner, "median") / self.times("dense", "median")
-
-    def joined(self, other: Side) -> Side:
-        """Return a side with the blocks of both."""
-        return replace(self, segments=[*self.segments, *other.segments])
 
 
 @dataclass(frozen=True)
@@ -80,6 +31,7 @@ class Outcome:
         limit: smallest change that counts as one: the rule's, or the floor where that is larger.
         evidence: of all blocks together; None where nothing is timed.
         reruns: ratio of each confirmation rerun.
+        spread: share by which engine builds of one side differ, where several were measured.
         reason: why the status is not simply read off; None when it is.
     """
 
@@ -93,6 +45,7 @@ class Outcome:
     evidence: Evidence | None = None
     reruns: tuple[float, ...] = ()
     reason: str | None = None
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +57,7 @@ class Comparison:
         clock: the times are of.
         outcomes: one per rule and graph.
         warnings: for people.
+        builds: of engines per side and run; None where there are no engines, or nobody knows.
     """
 
     base: str
@@ -113,6 +67,7 @@ class Comparison:
     alpha: float
     outcomes: list[Outcome]
     warnings: list[str] = field(default_factory=list)
+    builds: int | None = None
 
     @property
     def status(self) -> Status:
@@ -197,20 +152,30 @@ class Gate:
             third, fourth = again_base.cost(mine, rule.stat), again_head.cost(theirs, rule.stat)
             assert third is not None and fourth is not None  # reruns measure what the first run did
             again.append(self._weigh(third, fourth).ratio)
-        status, why_so = decide(evidence, limit, self.alpha, again)
-        return Outcome(
-            rule.stat, theirs, status, _shown(old, unit), _shown(new, unit), unit, limit, evidence, tuple(again), why_so
-        )
+        spreads = [s for s in (all_base.spread(mine, rule.stat), all_head.spread(theirs, rule.stat)) if s is not None]
+        spread = max(spreads, default=None)
+        status, why_so = decide(evidence, limit, self.alpha, again, spread or 0.0)
+        shown = (_shown(old, unit), _shown(new, unit))
+        return Outcome(rule.stat, theirs, status, *shown, unit, limit, evidence, tuple(again), why_so, spread)
 
     def _weigh(self, base: Array, head: Array) -> Evidence:
         return weigh_paired(base, head) if self.paired else weigh_apart(base, head)
 
 
-def decide(evidence: Evidence, limit: float, alpha: float, reruns: Sequence[float] = ()) -> tuple[Status, str | None]:
+def decide(
+    evidence: Evidence, limit: float, alpha: float, reruns: Sequence[float] = (), spread: float = 0.0
+) -> tuple[Status, str | None]:
     """Return the status of one comparison and, unless it speaks for itself, the reason.
 
-    Regressed: the ratio of all blocks is above the limit, the rank test agrees, and every rerun lies above half of
-    the limit by itself.
+    Regressed: the ratio of all blocks is above the limit, the rank test agrees, every rerun lies above half of the
+    limit by itself, and the ratio is above what builds of one side differ by.
+
+    Args:
+        evidence: of all blocks.
+        limit: smallest change that counts.
+        alpha: largest p-value.
+        reruns: ratio of each.
+        spread: share by which engine builds of one side differ.
     """
     if evidence.blocks < MIN_BLOCKS:
         return "unstable", f"{evidence.blocks} blocks, at least {MIN_BLOCKS} are needed"
@@ -219,53 +184,20 @@ def decide(evidence: Evidence, limit: float, alpha: float, reruns: Sequence[floa
             return "unstable", f"above the limit, but the rank test does not agree (p {evidence.worse:.2g})"
         if any(ratio <= 1 + limit / 2 for ratio in reruns):
             return "unstable", "the confirmation rerun does not agree"
+        if evidence.ratio <= 1 + spread:
+            return "unstable", f"above the limit, but {_builds_differ(spread)}"
         return "regressed", None
     if evidence.ratio < 1 / (1 + limit):
         if evidence.better >= alpha:
             return "unstable", f"below the limit, but the rank test does not agree (p {evidence.better:.2g})"
+        if evidence.ratio >= 1 / (1 + spread):
+            return "unstable", f"below the limit, but {_builds_differ(spread)}"
         return "improved", None
     return "ok", None
 
 
-def side_of(result: BenchResult, name: str) -> Side:
-    """Return the side of a stored result, times on the clock its ratios are made of."""
-    shape = (-1, 2, result.calls_per_visit)
-    segment = {}
-    for runner in result.runners:
-        times = np.asarray(runner.cpu_ms if result.clock == "cpu" else runner.wall_ms, dtype=np.float64)
-        whole = len(times) // (2 * result.calls_per_visit) * 2 * result.calls_per_visit
-        if whole:
-            segment[runner.name] = times[:whole].reshape(shape)
-    return Side(name, [segment], tuple(result.unstable))
-
-
-def class_differences(base: BenchResult, head: BenchResult) -> list[str]:
-    """Return why the samples of two results cannot be compared; empty when they are of one fingerprint class."""
-    one, two = fingerprint_class(base), fingerprint_class(head)
-    return [f"{key}: {one.get(key)} against {two.get(key)}" for key in one if one.get(key) != two.get(key)]
-
-
-def fingerprint_class(result: BenchResult) -> dict[str, Any]:
-    """Return what two results must share: machine, power mode, TensorRT's minor version, and how they were measured."""
-    found = result.fingerprint
-    gpu, packages, board = (found.get(name) or {} for name in ("gpu", "packages", "jetson"))
-    tensorrt = packages.get("tensorrt")
-    scenario = None if result.scenario is None else result.scenario.text
-    return {
-        **{name: found.get(name) for name in _CLASS_FIELDS},
-        **{name: board.get(name) for name in _BOARD_FIELDS},
-        "gpu": gpu.get("name"),
-        "TensorRT": None if tensorrt is None else ".".join(str(tensorrt).split(".")[:2]),
-        "model": result.bundle.get("model"),
-        "target": result.bundle.get("target"),
-        "batch": result.batch,
-        "threads": result.threads,
-        "clock": result.clock,
-        "data": result.data,
-        "images": result.images,
-        "runs per sample": result.runs_per_sample,
-        "scenario": scenario or "single-stream",
-    }
+def _builds_differ(spread: float) -> str:
+    return f"builds of one side differ by {100 * spread:.2g} % among themselves; more --builds tell more"
 
 
 def compare_results(

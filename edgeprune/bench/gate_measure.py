@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgeprune.bench.bench import IMAGES, device_of, ratio_clock
 from edgeprune.bench.gate import Comparison, Gate, Side, learn_floor
+from edgeprune.bench.gate_builds import check_builds, fresh_builds, named
 from edgeprune.bench.gate_rules import TIMES
 from edgeprune.bench.gate_stats import weigh_apart, weigh_paired
 from edgeprune.bench.images import make_images
@@ -37,6 +39,7 @@ class PairPlan:
         dense: measure the dense graphs too, for the speed-up.
         quick: short warm-up.
         seed: of the images.
+        builds: engines of both sides are built afresh so many times; 0 takes those the bundles hold.
     """
 
     blocks: int = BLOCKS
@@ -45,6 +48,7 @@ class PairPlan:
     dense: bool = True
     quick: bool = False
     seed: int = 0
+    builds: int = 0
 
 
 class Floor(BaseModel):
@@ -105,7 +109,7 @@ def compare_bundles(
     base_top1: Mapping[str, float] | None = None,
     head_top1: Mapping[str, float] | None = None,
 ) -> Comparison:
-    """Measure two bundles in turns; what looks slower is measured again before it counts.
+    """Measure two bundles in turns; what looks slower is measured again, on new builds, before it counts.
 
     Args:
         base: bundle that is the measure.
@@ -118,9 +122,15 @@ def compare_bundles(
         head_top1: the same of head.
 
     Raises:
-        InputError: those of `check_pair`.
+        InputError: those of `check_pair`; those of `check_builds` with builds.
+        EnvironmentLackError: those of opening the bundles; with builds those of `build_engines`.
+        BuildError: those of `build_engines`, with builds.
     """
     check_pair(base, head, plan.batch)
+    device = device_of(base.manifest.target)
+    if plan.builds:
+        for bundle in (base, head):
+            check_builds(bundle)
     names = (str(base.path), str(head.path))
     timed = any(rule.stat in (*TIMES, "speedup") for rule in gate.rules)
     old = Side(names[0], parity=base.manifest.parity, top1=base_top1 or {})
@@ -128,15 +138,16 @@ def compare_bundles(
     if not timed:
         return Comparison(*names, "head to head", None, gate.alpha, gate.judge(old, new))
     first = measure_pair(base, head, plan, progress=progress)
-    old, new = replace(old, segments=first[0].segments), replace(new, segments=first[1].segments)
+    old, new = old.joined(first[0]), new.joined(first[1])
     reruns = []
     if gate.suspects(old, new):
         reruns = [
-            measure_pair(base, head, plan, swapped=i % 2 == 0, progress=_named(progress, "confirmation"))
+            measure_pair(base, head, plan, swapped=i % 2 == 0, progress=named(progress, "confirmation"))
             for i in range(confirm)
         ]
-    clock = ratio_clock(plan.threads, device_of(base.manifest.target) is not None)
-    return Comparison(*names, "head to head", clock, gate.alpha, gate.judge(old, new, reruns))
+    clock = ratio_clock(plan.threads, device is not None)
+    builds = plan.builds or (1 if device == "tensorrt" else None)
+    return Comparison(*names, "head to head", clock, gate.alpha, gate.judge(old, new, reruns), builds=builds)
 
 
 def measure_pair(
@@ -144,7 +155,8 @@ def measure_pair(
 ) -> tuple[Side, Side]:
     """Return both sides, measured in turns in sessions opened for it; blocks of equal index belong together.
 
-    Half of the blocks visit base first, half head, so that neither gains from its place.
+    With builds, engines are built first, and all of them take turns in one process. Half of the blocks visit base
+    first, half head, so that neither gains from its place.
 
     Args:
         base: bundle that `check_pair` has let through.
@@ -152,24 +164,57 @@ def measure_pair(
         plan: how to measure.
         swapped: open head first.
         progress: called with (step, share done).
+
+    Raises:
+        EnvironmentLackError: those of opening the bundles; with builds those of `build_engines`.
+        BuildError: those of `build_engines`, with builds.
     """
-    manifest = base.manifest
-    images = make_images(None, manifest.preprocessing, count=IMAGES, batch=plan.batch, seed=plan.seed)
-    adaptive = manifest.adaptive is not None or head.manifest.adaptive is not None
-    sample = images if adaptive else images.first()
-    contests: dict[str, Contest] = {}
-    for key, bundle in (("head", head), ("base", base)) if swapped else (("base", base), ("head", head)):
-        contests[key] = Contest(sample, plan.threads)
-        contests[key].add_bundle(bundle, ("dense",) if plan.dense else ())
-    cpu = ratio_clock(plan.threads, device_of(manifest.target) is not None) == "cpu"
+    sides, pair = {"base": [base], "head": [head]}, {"base": base, "head": head}
+    with ExitStack() as stack:
+        if plan.builds:
+            for name, bundle in pair.items():
+                step = named(progress, name)
+                made = fresh_builds(bundle, plan.builds, batch=plan.batch, dense=plan.dense, progress=step)
+                sides[name] = stack.enter_context(made)
+        found = _measure_sides(sides, plan, swapped=swapped, progress=progress)
+    if plan.builds:
+        return Side("base", builds=[found["base"]]), Side("head", builds=[found["head"]])
+    return found["base"][0], found["head"][0]
+
+
+def _measure_sides(
+    sides: Mapping[str, Sequence[Bundle]], plan: PairPlan, *, swapped: bool, progress: Progress | None
+) -> dict[str, list[Side]]:
+    """Return what each bundle of each side took, all measured in turns."""
+    manifests = [bundle.manifest for bundles in sides.values() for bundle in bundles]
+    first = manifests[0]
+    images = make_images(None, first.preprocessing, count=IMAGES, batch=plan.batch, seed=plan.seed)
+    sample = images if any(manifest.adaptive is not None for manifest in manifests) else images.first()
+    orders = [_keys(sides, list(sides)), _keys(sides, list(sides)[::-1])]
+    if swapped:
+        orders.reverse()
+    contests: dict[tuple[str, int], Contest] = {}
+    for name, number in orders[0]:
+        contests[name, number] = Contest(sample, plan.threads)
+        contests[name, number].add_bundle(sides[name][number], ("dense",) if plan.dense else ())
+    cpu = ratio_clock(plan.threads, device_of(first.target) is not None) == "cpu"
     rounds = plan.blocks + plan.blocks % 2
     timing = MeasurePlan(rounds=rounds, max_warmup_s=QUICK.max_warmup_s if plan.quick else 10.0)
-    segments: dict[str, list[dict[str, Any]]] = {"base": [], "head": []}
-    for order in (("head", "base"), ("base", "head")) if swapped else (("base", "head"), ("head", "base")):
+    found = {name: [Side(name) for _ in bundles] for name, bundles in sides.items()}
+    for order in orders:
         measured = measure(_in_turns(contests, order), timing, progress=progress).per_run(len(sample.batches))
-        for key in segments:
-            segments[key].append(_segment(measured, key, cpu=cpu))
-    return Side("base", segments["base"]), Side("head", segments["head"])
+        for name, number in order:
+            found[name][number].segments.append(_segment(measured, _prefix(name, number), cpu=cpu))
+    return found
+
+
+def _keys(sides: Mapping[str, Sequence[Bundle]], names: Sequence[str]) -> list[tuple[str, int]]:
+    """Return (side, number of its bundle): the first of every side, then the second."""
+    return [(name, number) for number in range(len(sides[names[0]])) for name in names]
+
+
+def _prefix(name: str, number: int) -> str:
+    return f"{name} {number + 1} "
 
 
 def calibrate(bundle: Bundle, plan: PairPlan, runs: int, *, progress: Progress | None = None) -> Floor:
@@ -183,7 +228,7 @@ def calibrate(bundle: Bundle, plan: PairPlan, runs: int, *, progress: Progress |
     apart: list[dict[str, float]] = []
     before: Side | None = None
     for i in range(runs):
-        step = _named(progress, f"run {i + 1} of {runs}")
+        step = named(progress, f"run {i + 1} of {runs}")
         base, head = measure_pair(bundle, bundle, plan, swapped=i % 2 == 1, progress=step)
         together.append(_worst(base, head, paired=True))
         if before is not None:
@@ -230,22 +275,21 @@ def _worst(base: Side, head: Side, *, paired: bool) -> dict[str, float]:
     return found
 
 
-def _in_turns(contests: Mapping[str, Contest], order: tuple[str, str]) -> dict[str, Runner]:
-    """Return all runners, each graph of one side beside the same of the other."""
+def _in_turns(contests: Mapping[tuple[str, int], Contest], order: Sequence[tuple[str, int]]) -> dict[str, Runner]:
+    """Return all runners, each graph of one bundle beside the same of the others."""
     names = list(dict.fromkeys(name for key in order for name in contests[key].runners))
     return {
-        f"{key} {name}": contests[key].runners[name] for name in names for key in order if name in contests[key].runners
+        f"{_prefix(*key)}{name}": contests[key].runners[name]
+        for name in names
+        for key in order
+        if name in contests[key].runners
     }
 
 
-def _segment(measured: Measurement, key: str, *, cpu: bool) -> dict[str, Any]:
+def _segment(measured: Measurement, prefix: str, *, cpu: bool) -> dict[str, Any]:
     shape = (-1, 2, measured.calls_per_visit)
     return {
-        name.removeprefix(f"{key} "): np.asarray(s.cpu_ms if cpu else s.wall_ms).reshape(shape)
+        name.removeprefix(prefix): np.asarray(s.cpu_ms if cpu else s.wall_ms).reshape(shape)
         for name, s in measured.samples.items()
-        if name.startswith(f"{key} ")
+        if name.startswith(prefix)
     }
-
-
-def _named(progress: Progress | None, what: str) -> Progress | None:
-    return None if progress is None else lambda step, share: progress(f"{what}: {step}", share)

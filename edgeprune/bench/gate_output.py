@@ -19,7 +19,8 @@ _MARKS = {
 
 def gate_rows(comparison: Comparison) -> Rows:
     """Return a row per outcome; the keys are the headings."""
-    return [_row(outcome) for outcome in comparison.outcomes]
+    spread = any(outcome.spread is not None for outcome in comparison.outcomes)
+    return [_row(outcome, spread=spread) for outcome in comparison.outcomes]
 
 
 def gate_notes(comparison: Comparison) -> list[str]:
@@ -29,8 +30,18 @@ def gate_notes(comparison: Comparison) -> list[str]:
     notes = [
         f"{how}{clock}; change: of time, above 0 is slower; counts beyond its limit and with p < {comparison.alpha:g}"
     ]
+    notes += _builds_notes(comparison)
     notes += [f"{o.runner} {o.stat}: {o.reason}" for o in comparison.outcomes if o.reason]
     return notes
+
+
+def _builds_notes(comparison: Comparison) -> list[str]:
+    if comparison.builds is None:
+        return []
+    if comparison.builds == 1:
+        return ["one engine build per side, and no two are alike: --builds 2 builds and measures several"]
+    how = f"{comparison.builds} engine builds per side and run, none from a cache; each block counts their median"
+    return [f"{how}; no change counts that is within what builds of one side differ by"]
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -55,7 +66,7 @@ def to_junit(comparison: Comparison, *, require_baseline: bool = False) -> str:
         case = ElementTree.SubElement(
             suite, "testcase", {"classname": f"edgeprune.{_printable(outcome.runner)}", "name": outcome.stat}
         )
-        text = "; ".join(f"{name}: {value}" for name, value in _row(outcome).items())
+        text = "; ".join(f"{name}: {value}" for name, value in _row(outcome, spread=outcome.spread is not None).items())
         if outcome in failed or outcome in skipped:
             kind = "failure" if outcome in failed else "skipped"
             ElementTree.SubElement(
@@ -87,7 +98,7 @@ def to_github_action_benchmark(comparison: Comparison) -> str:
     return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
 
 
-def _row(o: Outcome) -> dict[str, str]:
+def _row(o: Outcome, *, spread: bool) -> dict[str, str]:
     change, p = "", ""
     if o.evidence is not None:
         change, p = f"{100 * (o.evidence.ratio - 1):+.2f} %", f"{o.evidence.worse:.2g}"
@@ -102,6 +113,7 @@ def _row(o: Outcome) -> dict[str, str]:
         "head": _value(o.head, o.unit),
         "change [95 % CI]": change,
         "limit": f"{100 * o.limit:.3g} {'points' if o.unit == 'share' else '%'}",
+        **({"builds differ by": "" if o.spread is None else f"{100 * o.spread:.2f} %"} if spread else {}),
         "p slower": p,
         "blocks": "" if o.evidence is None else str(o.evidence.blocks),
         "reruns": ", ".join(f"{100 * (ratio - 1):+.2f} %" for ratio in o.reruns),

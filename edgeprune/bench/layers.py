@@ -1,4 +1,7 @@
-"""Where the time of a graph went, by part of the network: from ONNX Runtime's profiler, told apart by node names."""
+"""Where the time of a graph went, by part of the network, told apart by the names of nodes.
+
+ONNX Runtime's profiler times its nodes, TensorRT's the layers of engines; see `engine_layers` for those.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.ort import OrtBackend
 
 if TYPE_CHECKING:
-    from edgeprune.bench.runners import Contest
+    from edgeprune.bench.runners import Batches, Contest
+    from edgeprune.runtime.session import Session
 
-PARTS = ("embed", "attention", "mlp", "norm", "selection", "head", "other")
-PROFILED = ("onnx", "ort-cpu")
+PARTS = ("embed", "attention", "mlp", "norm", "selection", "head", "reformat", "fused", "other")
 RUNS, QUICK_RUNS, WARMUP_RUNS = 20, 5, 2
 SLOWEST = 12
 SOURCE = "onnxruntime profiler"
@@ -37,8 +40,8 @@ _RULES = (
     ("embed", r"^/?(patch_embed|pos_embed|cls_token|prefix|conv_stem|norm_pre)"),
     ("mlp", r"(^|[./])(mlp|ffn)([./]|$)"),
     ("attention", r"(^|[./])(attn|attention)([./]|$)"),
-    ("attention", r"^blocks\.\d+\.(tokens|rows|first_rows)"),  # the rows it takes
-    ("embed", r"^rows$"),
+    ("attention", r"^blocks\.\d+\.(tokens|rows|first_rows|k_heads)"),  # the rows it takes, its keys
+    ("embed", r"^(rows$|images\.)"),
     ("norm", r"(^|[./])(norm\w*|layer_?norm\w*)([./]|$)"),
     ("norm", r"LayerNormalization"),
 )
@@ -50,15 +53,15 @@ class PartTime:
     """One part of the network.
 
     Attributes:
-        part: of `PARTS`; "selection" is choosing tokens, scoring and gathering them included, and "other" what belongs
-            to none.
-        ms: of one run; None where only the names of the layers are known.
-        share: of all parts.
+        part: of `PARTS`; "selection" is choosing tokens, scoring and gathering them included, "reformat" and "fused"
+            are of engines (see `part_of_layer`), and "other" is what belongs to none.
+        ms: of one run.
+        share: of all parts; None where none took any time.
         nodes: that belong to it.
     """
 
     part: str
-    ms: float | None
+    ms: float
     share: float | None
     nodes: int
 
@@ -70,7 +73,7 @@ class NodeTime:
     name: str
     op: str
     part: str
-    ms: float | None
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,9 @@ class LayersResult:
     Attributes:
         runner: whose.
         graphs: of the bundle that it ran.
-        source: "onnxruntime profiler", "tensorrt profiler", or "tensorrt inspector" for names without times.
+        source: "onnxruntime profiler" or "tensorrt profiler".
         runs: profiled; the times are medians over them.
-        wall_ms: median of a run while it was profiled, None where it was not run.
+        wall_ms: median of a run while it was profiled.
         parts: in the order of `PARTS`, those that have a node.
         nodes: the slowest ones, slowest first.
         note: what to know about the times.
@@ -92,71 +95,109 @@ class LayersResult:
     graphs: list[str]
     source: str
     runs: int
-    wall_ms: float | None
+    wall_ms: float
     parts: list[PartTime]
     nodes: list[NodeTime] = field(default_factory=list)
     note: str | None = None
 
 
 def part_of(name: str) -> str:
-    """Return the part of the network that a node belongs to, by its name.
+    """Return the part of the network that a node belongs to, by its name."""
+    return locate(name)[0]
 
-    A name of several joined by " + " or commas, as engines have, counts where its first known one does.
-    """
-    for single in re.split(r" \+ |,", name):
-        for part, pattern in _KNOWN:
-            if pattern.search(single.strip()):
-                return part
-    return "other"
+
+def locate(name: str) -> tuple[str, str]:
+    """Return the part of the network that a node belongs to, and the module of that part: ("mlp", "blocks.0.mlp")."""
+    for part, pattern in _KNOWN:
+        if match := pattern.search(name.strip()):
+            return part, name.strip()[: match.end()].rstrip("./")
+    return "other", ""
 
 
 def profile_layers(bundle: Bundle, contest: Contest, *, quick: bool) -> list[LayersResult]:
     """Return where the time of each runner of a bundle goes; sessions of their own are profiled, one at a time.
 
     Args:
-        bundle: for a target of ONNX Runtime on the processor.
+        bundle: for a target of ONNX Runtime on the processor, or of TensorRT.
         contest: its runners, images and threads.
         quick: fewer runs.
 
     Raises:
         InputError: `bench-layers` for another target.
     """
-    from edgeprune.bench.runners import pass_runner
     from edgeprune.bench.summary import pruned_runners
-    from edgeprune.runtime.session import Session
 
     manifest = bundle.manifest
     check_profiled(manifest.target)
+    profile = _profile_engines if manifest.target.startswith("trt-") else _profile_nodes
     rates = pruned_runners(manifest)
     results = []
     for runner in contest.runners:
         if runner == "naive":  # not of the bundle
             continue
         graph = "model" if runner in rates or not manifest.method.stages else runner
-        with tempfile.TemporaryDirectory(prefix="edgeprune-layers-") as folder:
-            session = Session(
-                bundle,
-                graph=graph,
-                threads=contest.threads,
-                spinning=False,
-                check_hashes=False,
-                density=rates.get(runner),
-                open_graph=partial(OrtBackend, profile=Path(folder) / "profile"),
-            )
-            run, clock, times = pass_runner(session, contest.images.batches), SystemClock(), list[float]()
-            runs = QUICK_RUNS if quick else RUNS
-            for i in range(WARMUP_RUNS + runs):
-                start = clock.wall()
-                run()
-                if i >= WARMUP_RUNS:
-                    times.append((clock.wall() - start) * 1000)
-            files = session.end_profiling()
-            events = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
-        per_run = len(contest.images.batches)
-        nodes = [node for document in events.values() for node in node_times(document, WARMUP_RUNS, runs, per_run)]
-        graphs = [name for name, document in events.items() if any(_is_node(event) for event in document)]
-        results.append(summarise_layers(runner, graphs, nodes, runs=runs, wall_ms=stats.median(times) / per_run))
+        options = {"graph": graph, "threads": contest.threads, "density": rates.get(runner)}
+        results.append(profile(bundle, runner, options, contest.images.batches, QUICK_RUNS if quick else RUNS))
     return results
+
+
+def _profile_nodes(
+    bundle: Bundle, runner: str, options: Mapping[str, Any], batches: Batches, runs: int
+) -> LayersResult:
+    """Return where the time of a runner goes, as ONNX Runtime's profiler tells."""
+    from edgeprune.runtime.session import Session
+
+    with tempfile.TemporaryDirectory(prefix="edgeprune-layers-") as folder:
+        opened = partial(OrtBackend, profile=Path(folder) / "profile")
+        session = Session(bundle, spinning=False, check_hashes=False, open_graph=opened, **options)
+        times = _run_passes(session, batches, WARMUP_RUNS + runs)[WARMUP_RUNS:]
+        files = session.end_profiling()
+        events = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    per_run = len(batches)
+    nodes = [node for document in events.values() for node in node_times(document, WARMUP_RUNS, runs, per_run)]
+    graphs = [name for name, document in events.items() if any(_is_node(event) for event in document)]
+    return summarise_layers(runner, graphs, nodes, runs=runs, wall_ms=stats.median(times) / per_run)
+
+
+def _profile_engines(
+    bundle: Bundle, runner: str, options: Mapping[str, Any], batches: Batches, runs: int
+) -> LayersResult:
+    """Return where the time of a runner goes, as TensorRT's profiler tells."""
+    from edgeprune.bench.engine_layers import NOTE as ENGINE_NOTE
+    from edgeprune.bench.engine_layers import SOURCE as ENGINE_SOURCE
+    from edgeprune.bench.engine_layers import engine_nodes
+    from edgeprune.runtime.session import Session
+
+    session = Session(bundle, spinning=False, check_hashes=False, **options)
+    logs = session.time_layers()
+    _run_passes(session, batches, WARMUP_RUNS)
+    for log in (log for own in logs.values() for log in own):
+        log.times.clear()
+    times = _run_passes(session, batches, runs)
+    per_run = len(batches)
+    nodes = [node for own in logs.values() for node in engine_nodes(own, runs, per_run)]
+    graphs = [name for name, own in logs.items() if any(log.times for log in own)]
+    return summarise_layers(
+        runner,
+        graphs,
+        nodes,
+        runs=runs,
+        wall_ms=stats.median(times) / per_run,
+        source=ENGINE_SOURCE,
+        note=ENGINE_NOTE,
+    )
+
+
+def _run_passes(session: Session, batches: Batches, count: int) -> list[float]:
+    """Run some passes over the batches and return the milliseconds of each."""
+    from edgeprune.bench.runners import pass_runner
+
+    run, clock, times = pass_runner(session, batches), SystemClock(), list[float]()
+    for _ in range(count):
+        start = clock.wall()
+        run()
+        times.append((clock.wall() - start) * 1000)
+    return times
 
 
 def check_profiled(target: str) -> None:
@@ -165,12 +206,13 @@ def check_profiled(target: str) -> None:
     Raises:
         InputError: `bench-layers`.
     """
-    if target not in PROFILED:
+    if target.startswith("ort-cuda"):
         raise InputError(
-            f"the layers of a bundle for {target} are not timed",
+            f"the layers of a bundle for {target} are not timed: ONNX Runtime's profiler tells how long the host took "
+            "to start each of its kernels, not how long the device ran them",
             code="bench-layers",
-            expected=f"a bundle for {' or '.join(PROFILED)}",
-            hint="bench without --layers; `edgeprune inspect` shows the layers of an engine",
+            expected="a bundle for onnx, ort-cpu or TensorRT",
+            hint="bench without --layers, or export for trt-fp16 to see where the time goes on the device",
         )
 
 
@@ -201,14 +243,21 @@ def _is_node(event: Mapping[str, Any]) -> bool:
 
 
 def summarise_layers(
-    runner: str, graphs: Sequence[str], nodes: Sequence[NodeTime], *, runs: int, wall_ms: float | None
+    runner: str,
+    graphs: Sequence[str],
+    nodes: Sequence[NodeTime],
+    *,
+    runs: int,
+    wall_ms: float,
+    source: str = SOURCE,
+    note: str = NOTE,
 ) -> LayersResult:
     """Return the parts of a runner's nodes."""
-    total = sum(node.ms or 0.0 for node in nodes)
+    total = sum(node.ms for node in nodes)
     parts = []
     for part in PARTS:
-        own = [node.ms or 0.0 for node in nodes if node.part == part]
+        own = [node.ms for node in nodes if node.part == part]
         if own:
             parts.append(PartTime(part, sum(own), sum(own) / total if total > 0 else None, len(own)))
-    slowest = sorted(nodes, key=lambda node: -(node.ms or 0.0))[:SLOWEST]
-    return LayersResult(runner, list(graphs), SOURCE, runs, wall_ms, parts, slowest, NOTE)
+    slowest = sorted(nodes, key=lambda node: -node.ms)[:SLOWEST]
+    return LayersResult(runner, list(graphs), source, runs, wall_ms, parts, slowest, note)

@@ -13,6 +13,7 @@ from edgeprune.models.config import ViTConfig
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Stage
 from edgeprune.pruning.counts import StageCounts
+from edgeprune.quantization.scheme import quantization_of
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.manifest import Manifest, MethodInfo, ParityInfo, StageInfo
 from edgeprune.runtime.session import Session
@@ -39,7 +40,8 @@ def verify_bundle(
 
     Args:
         bundle: its pruned graphs are compared.
-        model: the reference in eval mode: a `PrunedViT`, or any module images -> logits.
+        model: the reference in eval mode: a `PrunedViT`, or any module images -> logits. Its linear layers are
+            quantized as the bundle's are.
         session: runs the bundle; None opens one.
         images: number of inputs.
         seed: of the inputs.
@@ -50,11 +52,20 @@ def verify_bundle(
         InputError: `parity-precision`, or those of `Session`.
     """
     session = session or open_for_checks(bundle)[0]
+    manifest = bundle.manifest
+    if manifest.quantization is not None or density is not None:
+        config = config_from_manifest(manifest)
+    if manifest.quantization is not None:
+        from edgeprune.export.quantize import quantized_reference
+        from edgeprune.export.targets.registry import get_target
+
+        quantization, target = quantization_of(manifest.quantization, config), get_target(manifest.target)
+        alone = manifest.batch[1] == 1
+        model = quantized_reference(model, quantization, target, per_image=alone)  # type: ignore[arg-type]
     if density is not None:
         session.density = density
-        info = next(d for d in bundle.manifest.densities if d.keep_rate == density)
-        method, config = bundle.manifest.method, config_from_manifest(bundle.manifest)
-        model = model.with_stages(stages_from_manifest(method, config, info.stages))  # type: ignore[operator]
+        info = next(d for d in manifest.densities if d.keep_rate == density)
+        model = model.with_stages(stages_from_manifest(manifest.method, config, info.stages))  # type: ignore[operator]
     return compare_session(session, model, images=images, seed=seed, tolerance=tolerance)
 
 

@@ -54,6 +54,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="N",
     help="Measure the bundle BASE against itself N times and write --floor FILE.",
 )
+@click.option(
+    "--builds",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Build the engines of both sides N times, without any cache, and compare all (bundles for TensorRT).",
+)
 @click.option("--blocks", type=click.IntRange(min=6), help="Of a head-to-head run: 40, or 16 with --quick.")
 @click.option("--quick", is_flag=True, help="A short run that finds large changes only.")
 @click.option("--batch", type=click.IntRange(min=1), help="Images per run; by default the bundle's smallest.")
@@ -120,6 +126,13 @@ def _compare(ui: Ui, base: Path, head: Path, options: dict[str, Any]) -> Compari
             expected="two bundles, or two result files of `edgeprune bench -o FILE`",
             hint="edgeprune bench BUNDLE -o FILE writes the result of a bundle",
         )
+    if options["builds"] is not None:
+        raise InputError(
+            "--builds builds engines, and result files hold none",
+            code="compare-builds",
+            expected="two bundles for TensorRT",
+            hint="edgeprune compare BASE_BUNDLE HEAD_BUNDLE --builds 2",
+        )
     gate = Gate(rules, options["alpha"], {} if floor is None else floor.stored)
     return compare_results(read_one(base), read_one(head), gate, (str(base), str(head)), **top1)
 
@@ -144,6 +157,7 @@ def _head_to_head(
         options["threads"],
         dense=any(rule.stat == "speedup" for rule in gate.rules),
         quick=quick,
+        builds=options["builds"] or 0,
     )
     with ui.steps() as report:
         return compare(one, two, gate, plan, confirm=options["confirm"], progress=report, **top1)
@@ -153,11 +167,11 @@ def _calibrate(ui: Ui, base: Path, head: Path | None, runs: int, options: dict[s
     from edgeprune.bench.gate_measure import BLOCKS, QUICK_BLOCKS, PairPlan, calibrate
     from edgeprune.runtime.bundle import load_bundle
 
-    if head is not None or options["floor"] is None or not base.is_dir():
+    if head is not None or options["floor"] is None or options["builds"] is not None or not base.is_dir():
         raise InputError(
-            "--calibrate measures one bundle and writes its floor",
+            "--calibrate measures one bundle as it is and writes its floor",
             code="calibrate",
-            expected="one bundle, no HEAD, and --floor FILE",
+            expected="one bundle, no HEAD, no --builds, and --floor FILE",
             hint=f"edgeprune compare BUNDLE --calibrate {runs} --floor floor.json",
         )
     bundle = load_bundle(base)

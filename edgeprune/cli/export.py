@@ -66,8 +66,34 @@ TENSORRT = "trt-"
     show_default=True,
     help="Free slots of a bucket: masked, exact; or the next best tokens, faster.",
 )
-@click.option("--calibration", metavar="DATA", help="Images to choose buckets for: digits, or imagefolder:PATH.")
+@click.option(
+    "--calibration",
+    metavar="DATA",
+    help="Images to choose buckets for, or to quantize by: digits, or imagefolder:PATH.",
+)
 @click.option("--calibration-images", type=click.IntRange(min=2), default=512, show_default=True, metavar="N")
+@click.option(
+    "--calibration-method",
+    metavar="NAME",
+    default="percentile",
+    show_default=True,
+    help="Ranges of static quantization: percentile[:99.99], entropy, or minmax.",
+)
+@click.option(
+    "--quantization",
+    type=click.Choice(["auto", "dynamic", "static"]),
+    default="auto",
+    show_default=True,
+    help="int8: ranges taken as it runs, or from --calibration; auto takes the faster one here.",
+)
+@click.option(
+    "--keep-float",
+    multiple=True,
+    metavar="LAYER",
+    help="Linear layers not to quantize, 'blocks.0.*'; auto:0.2 finds them until the rest costs 0.2 points.",
+)
+@click.option("--weight-bits", type=int, metavar="N", help="7 suits every processor, 8 those with dot products (VNNI).")
+@click.option("--max-drop", type=float, metavar="POINTS", help="Fail when quantization costs more points of top-1.")
 @click.option("--token-outputs", is_flag=True, help="The graph also returns what each stage kept.")
 @click.option("--no-dead-rows", is_flag=True, help="Compute rows nobody reads, as the literature does.")
 @click.option(

@@ -49,6 +49,7 @@ def list_recipes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option("--recipe-option", multiple=True, metavar="KEY=VALUE", help="Field of the recipe to set; repeatable.")
 @click.option("--max-steps", type=click.IntRange(min=1), metavar="N", help="Stop after N steps.")
 @click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), default="no", show_default=True)
+@click.option("--quantize", type=click.Choice(["int8"]), help="Train for linear layers of 8-bit integers.")
 @click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes that load images.")
 @click.option("--save-every", metavar="STEPS", help="Steps between states to resume from, or epoch; else 2 minutes.")
@@ -86,12 +87,14 @@ def command(
     if not is_main_process():
         return None
     ui.written += [result.path, result.record_path]
-    before = None if result.top1_before is None else f"{100 * result.top1_before:.2f} %"
+    quantized = result.record.get("quantized") or {}
     ui.data(
         pairs(
             [
-                ("top-1 before", before),
-                ("top-1", f"{100 * result.top1:.2f} %"),
+                ("top-1 before", _percent(result.top1_before)),
+                ("top-1", _percent(result.top1)),
+                ("quantized before", _percent(quantized.get("top1_before"))),
+                ("quantized", _percent(quantized.get("top1"))),
                 ("training", f"{result.seconds:.0f} s"),
                 ("averaged", _averaged(result.record)),
                 ("weights", result.path),
@@ -103,10 +106,17 @@ def command(
     return {"weights": str(result.path), "record": result.record}
 
 
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.2f} %"
+
+
 def _averaged(record: dict[str, Any]) -> str | None:
     """Return what the averaged weights reach and where they are."""
     ema = record.get("ema")
-    return ema and f"{100 * ema['top1']:.2f} % top-1, {ema['file']}"
+    if not ema:
+        return None
+    quantized = f", quantized {_percent(ema['top1_quantized'])}" if ema["top1_quantized"] is not None else ""
+    return f"{_percent(ema['top1'])} top-1{quantized}, {ema['file']}"
 
 
 def _export_command(
@@ -121,4 +131,6 @@ def _export_command(
     if options["stages"]:
         words.append(f"--stages {options['stages']}")
     words += [f"--method-option {key}={value}" for key, value in settings.items()]
+    if options["quantize"] is not None:
+        words.append(f"--target ort-cpu-{options['quantize']}")
     return " ".join([*words, f"--checkpoint {path} -o out/my-model"])

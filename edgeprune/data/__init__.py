@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgeprune.errors import InputError
@@ -90,9 +91,9 @@ def open_dataset(spec: str, split: str = "test", *, limit: int | None = None, la
         from edgeprune.data.digits import DigitsSet
 
         return DigitsSet(split, limit)
-    from edgeprune.data.folder import FolderSet, split_path
+    from edgeprune.data.folder import FolderSet
 
-    return FolderSet(split_path(_folder_path(spec), split), limit, labelled=labelled)
+    return FolderSet(folder_of(spec, split), limit, labelled=labelled)
 
 
 def open_training_data(spec: str, augmentation: Augmentation | None = None) -> TrainingData:
@@ -114,6 +115,22 @@ def open_training_data(spec: str, augmentation: Augmentation | None = None) -> T
     from edgeprune.data.folder import FolderTraining, split_path
 
     return FolderTraining(split_path(_folder_path(spec), "train", required=True), augmentation)
+
+
+def folder_of(spec: str, split: str) -> Path:
+    """Return the directory of a split of "imagefolder:PATH"; that of both where it is not divided.
+
+    Raises:
+        InputError: `data-unknown`, `data-split`.
+    """
+    from edgeprune.data.folder import split_path
+
+    return split_path(_folder_path(spec), split)
+
+
+def shown_name(spec: str) -> str:
+    """Return "digits", or "imagefolder:" and the directory's name without what leads there."""
+    return spec if spec == DIGITS else FOLDER_PREFIX + Path(_folder_path(spec)).name
 
 
 def _folder_path(spec: str) -> str:

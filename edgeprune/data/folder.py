@@ -98,6 +98,11 @@ def split_path(path: Path | str, split: str, *, required: bool = False) -> Path:
     return path
 
 
+def has_classes(path: Path) -> bool:
+    """Return whether a directory holds others, one per class, and not just images."""
+    return path.is_dir() and any(p.is_dir() and not p.name.startswith(".") for p in path.iterdir())
+
+
 def every_image(path: Path) -> list[Path]:
     """Return the images of a directory at any depth, sorted.
 

@@ -113,6 +113,8 @@ class PrunedViT(VisionTransformer):
         stages: in execution order; empty gives the dense model.
     """
 
+    ranges_of_batch = False  # quantized layers take theirs over all images they are called with
+
     def __init__(self, config: ViTConfig, stages: Sequence[Stage] = ()) -> None:
         super().__init__(config)
         self.stages = tuple(stages)
@@ -125,7 +127,7 @@ class PrunedViT(VisionTransformer):
     @property
     def exact_in_batch(self) -> bool:
         """Whether an image's logits are the same in every batch."""
-        return all(stage.selector.exact_in_batch for stage in self.stages)
+        return not self.ranges_of_batch and all(stage.selector.exact_in_batch for stage in self.stages)
 
     def scorer_module(self, stage: Stage) -> nn.Module | None:
         """Return the module that holds a stage's weights, or None when it has none."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.models.config import ViTConfig
+from edgeprune.runtime.manifest import QuantizationInfo
 
 Precision = Literal["int8", "fp8"]
 Scheme = Literal["dynamic", "static"]
@@ -48,6 +49,13 @@ class Quantization:
 def linear_layers(config: ViTConfig) -> list[str]:
     """Return the names of the layers that can be quantized, in the order they run."""
     return [f"blocks.{index}.{part}" for index in range(config.depth) for part in PARTS]
+
+
+def quantization_of(info: QuantizationInfo, config: ViTConfig) -> Quantization:
+    """Return how the pruned graph of a bundle is quantized, as its manifest tells."""
+    layers = frozenset(linear_layers(config)) - set(info.kept_float)
+    ranges = {} if info.ranges is None else info.ranges.values
+    return Quantization(info.precision, info.scheme, layers, ranges, info.weight_bits)
 
 
 def layer_of(key: str) -> str:

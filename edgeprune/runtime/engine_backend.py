@@ -23,7 +23,7 @@ from edgeprune.runtime.engine_rows import EngineRows, Lease, Piece, join_rows, s
 from edgeprune.runtime.engines import ProfileInfo
 from edgeprune.runtime.manifest import GraphInfo, TensorInfo
 from edgeprune.runtime.router import COUNT, IMAGES, SLOTS
-from edgeprune.runtime.timing import DeviceTimer
+from edgeprune.runtime.timing import DeviceTimer, LayerLog
 
 if TYPE_CHECKING:
     from edgeprune.runtime.trt import Gpu
@@ -72,7 +72,7 @@ class EngineProfile:
     """
 
     def __init__(self, gpu: Gpu, engine: Any, number: int, info: ProfileInfo) -> None:
-        self.gpu, self.info = gpu, info
+        self.gpu, self.info, self._number = gpu, info, number
         self.graphs: dict[_Key, Graph] = {}
         self.inputs, self.outputs, told = _ports(gpu.trt, engine)
         self._engine, self._context = engine, gpu.context(engine)
@@ -121,6 +121,14 @@ class EngineProfile:
         self.gpu.logger.errors.clear()
         if not self._context.execute_async_v3(self.gpu.stream.handle):
             raise self.gpu.failure(f"TensorRT does not run '{self.info.graph}'", graph=self.info.graph)
+
+    def time_layers(self) -> LayerLog:
+        """Return a log that every run adds the times of its layers to, from now on; graphs would not, and go."""
+        inspector = self._engine.create_engine_inspector()
+        log = LayerLog(str(inspector.get_engine_information(self.gpu.trt.LayerInformationFormat.JSON)), self._number)
+        self._profiler = self._context.profiler = self.gpu.profiler(log)
+        self.graphs.clear()
+        return log
 
     def _want(self, done: bool, what: str) -> None:
         if not done:
@@ -230,6 +238,15 @@ class EngineBackend:
         if isinstance(parts[0], EngineRows):
             return join_rows(parts)
         return np.concatenate(parts)
+
+    def time_layers(self) -> list[LayerLog]:
+        """Return a log per profile that runs add the times of their layers to, from now on.
+
+        They wait for every layer then, and no engine of this device's bundle runs as a CUDA graph any more.
+        """
+        with self._gpu.lock, self._gpu.cuda:
+            self._gpu.graphs = False
+            return [profile.time_layers() for profile in self._profiles]
 
     def _turns(self, profiles: Sequence[EngineProfile], count: int) -> Iterator[tuple[EngineProfile, int, int]]:
         """Yield (profile, first image, images) until all have run."""

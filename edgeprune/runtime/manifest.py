@@ -135,6 +135,87 @@ class AdaptiveInfo(_Model):
     calibration: CalibrationInfo | None = None
 
 
+class RangesInfo(_Model):
+    """Which images gave the ranges of a static quantization.
+
+    Attributes:
+        data: what was asked for, without its path; "noise" when there was none.
+        method: how a range follows from what was seen, such as "percentile:99.99".
+        values: least and largest value of the input of every quantized layer, of the pruned graph.
+    """
+
+    data: str
+    images: Size
+    method: str
+    values: dict[str, tuple[FiniteFloat, FiniteFloat]]
+
+
+class QuantizedAccuracy(_Model):
+    """What quantization costs, judged on real images.
+
+    Attributes:
+        data: what was asked for, without its path.
+        held_out: the images had no part in choosing anything.
+        float_top1, top1: share of the images that the float model and the quantized graph get right; None when the
+            images have no labels that the model knows.
+        top1_agreement: share with the same best class.
+        kept_overlap: mean Jaccard index of the kept sets, None without stages.
+    """
+
+    data: str
+    images: Size
+    held_out: bool
+    float_top1: Share | None = None
+    top1: Share | None = None
+    top1_agreement: Share
+    kept_overlap: Share | None = None
+
+    @property
+    def drop(self) -> float:
+        """Points of top-1 lost; without labels the points that disagree, which are as many at most."""
+        if self.float_top1 is None or self.top1 is None:
+            return 100 * (1 - self.top1_agreement)
+        return 100 * (self.float_top1 - self.top1)
+
+
+class QuantizedSpeed(_Model):
+    """Milliseconds of the pruned graph in each form that was tried, in turns, on the machine that exported.
+
+    Attributes:
+        ms: by form: "float", "dynamic", "static".
+    """
+
+    ms: dict[str, Milliseconds]
+    batch: Size
+    threads: Size
+    cpu: str
+
+
+class QuantizationInfo(_Model):
+    """How the linear layers are quantized, and what that costs.
+
+    Attributes:
+        precision: of weights and activations.
+        scheme: "dynamic": the range of a layer's input is taken as it runs, over the whole batch; "static": from
+            `ranges`.
+        weight_bits: of a weight.
+        layers: how many are quantized.
+        kept_float: linear layers that are not.
+        ranges: None for the dynamic scheme.
+        accuracy: None when no images were given.
+        speed: None for a bundle of another device.
+    """
+
+    precision: Literal["int8", "fp8"]
+    scheme: Literal["dynamic", "static"]
+    weight_bits: Size
+    layers: Size
+    kept_float: list[str] = []
+    ranges: RangesInfo | None = None
+    accuracy: QuantizedAccuracy | None = None
+    speed: QuantizedSpeed | None = None
+
+
 class Macs(_Model):
     """Multiply-accumulates of one image.
 
@@ -246,6 +327,7 @@ class Manifest(_Model):
     batch: tuple[int, int]
     lowering: Literal["emitted", "traced"]
     selection: Literal["native", "plugin", "auto", "none"]
+    quantization: QuantizationInfo | None = None
     dead_rows: bool
     macs: Macs | None = None
     graphs: dict[str, GraphInfo]

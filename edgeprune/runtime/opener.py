@@ -149,6 +149,7 @@ ENGINE_TARGETS = ("trt-fp32", "trt-fp16", "trt-bf16", "trt-int8", "trt-fp8")
 _OPEN: dict[str, Callable[[Opener, str, Path, bool], Backend]] = {
     "onnx": Opener.open_on_cpu,
     "ort-cpu": Opener.open_on_cpu,
+    "ort-cpu-int8": Opener.open_on_cpu,
     "ort-cuda-fp16": Opener.open_on_cuda,
     **dict.fromkeys(ENGINE_TARGETS, Opener.open_engine),
 }

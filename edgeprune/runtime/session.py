@@ -14,6 +14,7 @@ import numpy as np
 from edgeprune.data.preprocess import as_input, batches, load_image, preprocess
 from edgeprune.errors import InputError
 from edgeprune.runtime.bundle import Bundle, load_bundle
+from edgeprune.runtime.engine_backend import EngineBackend
 from edgeprune.runtime.governor import Policy
 from edgeprune.runtime.manifest import Manifest
 from edgeprune.runtime.opener import Opener, OpenGraph
@@ -21,7 +22,7 @@ from edgeprune.runtime.ort import OrtBackend
 from edgeprune.runtime.pace import DensityStep, Pace
 from edgeprune.runtime.prefetch import prepare_ahead
 from edgeprune.runtime.router import BUCKET, IMAGES, KEPT, KEPT_COUNTS, OVERFLOW, Runner, Trace
-from edgeprune.runtime.timing import DeviceTimer
+from edgeprune.runtime.timing import DeviceTimer, LayerLog
 
 COST_RUNS = 3
 
@@ -232,6 +233,14 @@ class Session:
     def end_profiling(self) -> dict[str, Path]:
         """Return by graph the file that a backend opened with `profile` has written; see `OrtBackend`."""
         return {name: b.end_profiling() for name, b in self._backends.items() if isinstance(b, OrtBackend)}
+
+    def time_layers(self) -> dict[str, list[LayerLog]]:
+        """Let TensorRT time every layer of every run from now on, which slows runs down for good.
+
+        Returns:
+            By graph the logs of its engine's profiles; nothing of a bundle that runs on no engines.
+        """
+        return {name: b.time_layers() for name, b in self._backends.items() if isinstance(b, EngineBackend)}
 
     def warmup(self) -> None:
         """Run everything once on zeros, at the smallest batch, so that the first real run is not the slow one."""

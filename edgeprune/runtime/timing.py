@@ -1,6 +1,8 @@
-"""Times of a run that only its backend can tell apart: on the device, and of giving it the work."""
+"""Times of a run that only its backend can tell apart: on the device, of giving it the work, of single layers."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 
 class DeviceTimer:
@@ -22,3 +24,22 @@ class DeviceTimer:
         self._gpu_ms = self._enqueue_ms = 0.0
         self._told = False
         return told
+
+
+@dataclass
+class LayerLog:
+    """What the layers of an engine take while it runs in one of its profiles.
+
+    Attributes:
+        information: what the engine inspector tells of all layers, as JSON.
+        profile: its number.
+        times: milliseconds of every run by the name TensorRT has for the layer.
+    """
+
+    information: str
+    profile: int
+    times: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, ms: float) -> None:
+        """Take down a layer of a run."""
+        self.times.setdefault(name, []).append(ms)

@@ -31,6 +31,7 @@ from edgeprune.runtime.engines import (
     read_engine,
 )
 from edgeprune.runtime.router import COUNT
+from edgeprune.runtime.timing import LayerLog
 
 _log = logging.getLogger(__name__)
 _ERRORS = ("INTERNAL_ERROR", "ERROR")
@@ -45,7 +46,7 @@ class Gpu:
         trt: the module tensorrt.
         stream: all work goes into it.
         lock: a run holds it from its first copy to its last.
-        graphs: CUDA graphs are made; no longer once one could not be.
+        graphs: CUDA graphs are made; no longer once one could not be, or when layers are timed.
         scratch_bytes: the least scratch memory to take, so that it need not grow.
 
     Raises:
@@ -122,6 +123,10 @@ class Gpu:
         self._scratch = self.cuda.device_buffer(max(nbytes, self.scratch_bytes))
         for one in self._profiles:
             one.take_scratch(self._scratch)
+
+    def profiler(self, log: LayerLog) -> Any:
+        """Return a profiler of TensorRT for a context, which takes down what every layer takes."""
+        return _make_profiler(self.trt, log)
 
     def why(self) -> str:
         """Return what TensorRT last said of an error."""
@@ -238,3 +243,16 @@ def _make_logger(trt: Any) -> Any:
                 self.errors.append(msg)
 
     return Log()
+
+
+def _make_profiler(trt: Any, log: LayerLog) -> Any:
+    """Return a profiler that adds to a log. TensorRT calls it in the thread of a run, when the run is over."""
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            log.add(layer_name, ms)
+
+    return Profiler()

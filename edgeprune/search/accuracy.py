@@ -65,7 +65,7 @@ class Images:
             InputError: `search-images` below two images; `data-classes` when the classes do not match; those of
                 reading images.
         """
-        from edgeprune.checks.accuracy import match_classes
+        from edgeprune.data.classes import match_classes
 
         groups = list(data.batches(CHUNK, preprocessing))
         if sum(len(found) for _, found in groups) < 2:

@@ -18,6 +18,7 @@ from edgeprune.errors import EdgepruneWarning
 from edgeprune.models.metadata import WeightsInfo
 from edgeprune.pruning.base import format_stages
 from edgeprune.pruning.model import PrunedViT
+from edgeprune.quantization.fake import fake_quantized
 from edgeprune.training.adapters import ADAPTERS, Setup
 from edgeprune.training.distributed import is_main_process, processes, start
 from edgeprune.training.logs import open_log
@@ -40,6 +41,7 @@ class FinetuneResult:
         path: the weights; `record_path` the JSON beside them, `record` its content.
         top1: share of the evaluation images the final weights get right, pruned as asked.
         top1_before: the same of the starting weights before training, None when there were none.
+            Both are of float layers; what quantized ones reach is in the record.
     """
 
     path: Path
@@ -85,6 +87,7 @@ def finetune(request: FinetuneRequest, progress: Progress | None = None) -> Fine
         model, started_from = build_model(job)
         teacher, taught_by = build_teacher(job)
         model.to(accelerator.device)
+        quantized = quantized_model(job, model)
         if teacher is not None:
             teacher.to(accelerator.device)
         state = replace(
@@ -100,11 +103,14 @@ def finetune(request: FinetuneRequest, progress: Progress | None = None) -> Fine
             state.remove()
         if main and job.recipe.note:
             warnings.warn(job.recipe.note, EdgepruneWarning, stacklevel=2)
-        before = None
+        before = before_quantized = None
         if started_from is not None:
             report("evaluating the starting weights", 0.0)
-            before = resumed["before"] if resumed else top1(model, job.judged, job.preprocessing)
-        state = replace(state, always={"before": before})
+            if resumed:
+                before, before_quantized = resumed["before"], resumed.get("before_quantized")
+            else:
+                before, before_quantized = accuracies(job, model, quantized)
+        state = replace(state, always={"before": before, "before_quantized": before_quantized})
         adapter = kind(Setup(job.config, job.method, job.where, job.options, job.recipe, teacher))
         settings = Settings(
             workers=_workers(request, accelerator.device.type),
@@ -114,7 +120,7 @@ def finetune(request: FinetuneRequest, progress: Progress | None = None) -> Fine
             state=state,
         )
         epochs, ema = train(
-            model,
+            model if quantized is None else quantized,
             adapter,
             job.data,
             job.recipe,
@@ -126,11 +132,11 @@ def finetune(request: FinetuneRequest, progress: Progress | None = None) -> Fine
             resumed=resumed,
         )
         report("evaluating", 1.0)
-        after = top1(model, job.judged, job.preprocessing)
-        tensors, averaged, after_ema = official_tensors(model, job.method), None, None
+        after, after_quantized = accuracies(job, model, quantized)
+        tensors, averaged, after_ema, ema_quantized = official_tensors(model, job.method), None, None, None
         if ema is not None:
             with ema.applied(model):
-                after_ema = top1(model, job.judged, job.preprocessing)
+                after_ema, ema_quantized = accuracies(job, model, quantized)
                 averaged = official_tensors(model, job.method)
         seconds = round(sum(entry.seconds for entry in epochs), 1)
         record = {
@@ -141,8 +147,11 @@ def finetune(request: FinetuneRequest, progress: Progress | None = None) -> Fine
             "device": accelerator.device.type,
             "top1": after,
             "top1_before": before,
+            "quantized": _quantized_record(job, after_quantized, before_quantized),
             "output": "model",
-            "ema": None if ema is None else {"file": ema_out.name, "decay": ema.decay, "top1": after_ema},
+            "ema": None
+            if ema is None
+            else {"file": ema_out.name, "decay": ema.decay, "top1": after_ema, "top1_quantized": ema_quantized},
             "seconds": seconds,
             "epochs": [asdict(entry) for entry in epochs],
         }
@@ -152,6 +161,38 @@ def finetune(request: FinetuneRequest, progress: Progress | None = None) -> Fine
             write_output(request.out, tensors, _metadata(job, after), record)
             state.remove()
     return FinetuneResult(request.out, record_path(request.out), after, before, seconds, record)
+
+
+def quantized_model(job: Job, model: PrunedViT) -> PrunedViT | None:
+    """Return the model as it trains when its layers are quantized; it shares all weights. None when they are not.
+
+    Every image has ranges of its own, as on a device that gets one at a time. So the batch and the number of processes
+    have no part in them.
+    """
+    quantization = job.quantization
+    return None if quantization is None else fake_quantized(model, quantization, per_image=True)
+
+
+def accuracies(job: Job, model: PrunedViT, quantized: PrunedViT | None) -> tuple[float, float | None]:
+    """Return the top-1 of the float layers and of the quantized ones, when there are any."""
+    found = top1(model, job.judged, job.preprocessing)
+    return found, None if quantized is None else top1(quantized, job.judged, job.preprocessing)
+
+
+def _quantized_record(job: Job, after: float | None, before: float | None) -> dict[str, Any] | None:
+    """Return how layers were quantized while training, and what the model reaches so; None when they were not."""
+    quantization = job.quantization
+    if quantization is None:
+        return None
+    return {
+        "precision": quantization.precision,
+        "scheme": quantization.scheme,
+        "ranges": "per image",
+        "weight_bits": quantization.weight_bits,
+        "layers": len(quantization.layers),
+        "top1": after,
+        "top1_before": before,
+    }
 
 
 def _identity(job: Job, started_from: dict[str, Any] | None, taught_by: dict[str, Any] | None) -> dict[str, Any]:
@@ -172,6 +213,7 @@ def _identity(job: Job, started_from: dict[str, Any] | None, taught_by: dict[str
         "recipe": repr(job.recipe),
         "max_steps": request.max_steps,
         "mixed_precision": request.mixed_precision,
+        "quantize": request.quantize,
         "seed": request.seed,
     }
 
@@ -201,6 +243,7 @@ def describe(job: Job, model: PrunedViT) -> dict[str, Any]:
         "threads": request.threads,
         "max_steps": request.max_steps,
         "mixed_precision": request.mixed_precision,
+        "quantize": request.quantize,
         "recipe": {"name": recipe_name(request), **asdict(job.recipe)},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "versions": {"edgeprune": __version__, "python": platform.python_version(), **_package_versions()},

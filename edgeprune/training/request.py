@@ -17,10 +17,14 @@ from edgeprune.models.config import ViTConfig
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Method, Stage, StageRequest, parse_stages
+from edgeprune.quantization.scheme import Quantization, linear_layers
 from edgeprune.runtime.manifest import PreprocessInfo
 from edgeprune.training.distributed import PRECISIONS
 from edgeprune.training.logs import KINDS
 from edgeprune.training.recipes import PRESETS, Recipe, default_recipe
+
+QUANTIZED = ("int8",)
+WEIGHT_BITS = 7  # exact on every processor, see `Quantization`
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class FinetuneRequest:
         lr: peak learning rate as it is, not rescaled with the batch.
         max_steps: stop after so many steps.
         mixed_precision: "no", "fp16" or "bf16".
+        quantize: one of `QUANTIZED`, whose linear layers the model trains with; None for floats.
         device: "auto" or "cpu".
         workers: processes that load images; None for none on a CPU, up to eight for a GPU.
         save_every: steps between two states to resume from, or "epoch"; None for every two minutes. The end of an
@@ -68,6 +73,7 @@ class FinetuneRequest:
     threads: int = 0
     max_steps: int | None = None
     mixed_precision: str = "no"
+    quantize: str | None = None
     device: str = "auto"
     workers: int | None = None
     save_every: str | None = None
@@ -94,6 +100,7 @@ class FinetuneRequest:
             "--threads": self.threads or None,
             "--max-steps": self.max_steps,
             "--mixed-precision": None if self.mixed_precision == "no" else self.mixed_precision,
+            "--quantize": self.quantize,
             "--device": None if self.device == "auto" else self.device,
         }
         for name, value in options.items():
@@ -119,6 +126,16 @@ class Job:
     data: TrainingData
     judged: Dataset
     preprocessing: PreprocessInfo
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the model's linear layers are quantized while it trains; None when they are not.
+
+        The dynamic scheme: what trains is then free of measured ranges, which would move with the weights.
+        """
+        if self.request.quantize is None:
+            return None
+        return Quantization("int8", "dynamic", frozenset(linear_layers(self.config)), weight_bits=WEIGHT_BITS)
 
 
 def resolve(request: FinetuneRequest) -> Job:
@@ -269,13 +286,14 @@ def check_numbers(request: FinetuneRequest) -> None:
             raise InputError(f"{name} {value} is too small", code="option", expected=f"at least {least}")
     if request.lr is not None and not 0 < request.lr < math.inf:
         raise InputError(f"--lr {request.lr} is out of range", code="option", expected="a number above 0")
-    choices = {
+    choices: dict[str, tuple[str | None, tuple[str, ...]]] = {
         "--mixed-precision": (request.mixed_precision, PRECISIONS),
+        "--quantize": (request.quantize, QUANTIZED),
         "--device": (request.device, ("auto", "cpu")),
         "--log": (request.log, KINDS),
     }
     for name, (text, known) in choices.items():
-        if text not in known:
+        if text is not None and text not in known:
             raise InputError(f"{name} {text} is not known", code="option", expected=f"one of {', '.join(known)}")
     every = request.save_every
     if every is not None and every != "epoch" and not (every.isdigit() and int(every) > 0):

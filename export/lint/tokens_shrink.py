@@ -79,6 +79,12 @@ def _same_shape(node: onnx.NodeProto) -> list[onnx.NodeProto]:
             helper.make_node("Transpose", [node.input[1]], [turned], perm=[0, 2, 1]),
             helper.make_node("MatMul", [node.input[0], turned], list(node.output)),
         ]
+    if node.op_type == "MatMulIntegerToFloat":
+        product = f"{node.output[0]}.product"
+        return [
+            helper.make_node("MatMulInteger", node.input[:2], [product]),
+            helper.make_node("Cast", [product], list(node.output), to=1),
+        ]
     return [node]
 
 

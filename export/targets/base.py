@@ -36,8 +36,7 @@ class Target:
         bodies: plugin nodes carry their body as a function; engines that prefer it to the plugin get none.
         told: a graph that is told its token counts stands beside the buckets', to be chosen from on the device.
         device: what it runs on when that is not this machine's processor, "tensorrt" or "cuda".
-        quantizes: what the weights of linear layers become, "int8" or "fp8"; the dialect is made with a `Quantization`
-            then.
+        quantizes: what linear layers become, "int8" or "fp8"; the dialect is then made with a `Quantization`.
     """
 
     name: str

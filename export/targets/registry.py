@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from edgeprune.errors import EnvironmentLackError, InputError
-from edgeprune.export.targets import onnx, ort_cpu, ort_cuda, tensorrt
+from edgeprune.export.targets import onnx, ort_cpu, ort_cpu_int8, ort_cuda, tensorrt
 from edgeprune.export.targets.base import Target
 
 
@@ -19,7 +19,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         onnx.TARGET,
         ort_cpu.TARGET,
-        _planned("ort-cpu-int8", "ONNX Runtime, CPU provider", "int8"),
+        ort_cpu_int8.TARGET,
         ort_cuda.TARGET,
         *tensorrt.TARGETS,
     )

@@ -147,7 +147,7 @@ def read_layers(text: str) -> list[Layer]:
     layers = document.get("Layers", document.get("layers")) if isinstance(document, dict) else document
     if not isinstance(layers, list):
         raise ValueError("there is no list of layers")
-    return [_from_object(entry) if isinstance(entry, dict) else _from_text(str(entry)) for entry in layers]
+    return [_from_object(entry) if isinstance(entry, dict) else read_line(str(entry)) for entry in layers]
 
 
 def type_in(text: str) -> str:
@@ -181,7 +181,7 @@ def _tensors(entries: Any) -> Iterator[Tensor]:
             yield Tensor(str(entry.get("Name", "")), types[0] if types else UNKNOWN)
 
 
-def _from_text(line: str) -> Layer:
+def read_line(line: str) -> Layer:
     """Return a layer of a line: a name, or "Layer(kind): name, Tactic: x, a (Half[1,3]) -> b (Half[1,3])"."""
     name, kind, tactic = line, "", ""
     inputs: list[Tensor] = []

@@ -56,6 +56,8 @@ def test_other_machine_is_a_warning_unless_required(cli: Cli, tmp_path: Path) ->
         (("--floor", "base.json"), "floor-unreadable"),
         (("--accuracy", "base.json", "base.json"), "accuracy-unreadable"),
         (("--calibrate", "5"), "calibrate"),
+        (("--builds", "2"), "compare-builds"),
+        (("--builds", "1"), "usage"),
     ],
 )
 def test_bad_input_is_named(
@@ -79,6 +81,14 @@ def test_bundles_are_measured_head_to_head(cli: Cli, digits_bundle: Bundle, tmp_
     found = cli("compare", path, path, "--blocks", "6", "--quick", "--fail-on", "median:900%", "--json")
     assert (found.code, found.json["results"]["measured"]) == (0, "head to head")
     assert found.json["results"]["outcomes"][0]["evidence"]["blocks"] == 6
+
+
+def test_builds_are_refused_where_nothing_is_built(cli: Cli, digits_bundle: Bundle) -> None:
+    path = digits_bundle.path
+    found = cli("compare", path, path, "--builds", "2", "--json")
+    assert (found.code, found.json["error"]["code"]) == (2, "compare-builds")
+    found = cli("compare", path, "--calibrate", "3", "--builds", "2", "--floor", "floor.json", "--json")
+    assert (found.code, found.json["error"]["code"]) == (2, "calibrate")
 
 
 def test_calibration_writes_a_floor_that_is_taken(cli: Cli, digits_bundle: Bundle, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The stand-ins compute with ONNX Runtime, so that the numbers are those of the ty
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tests.cli.conftest import Cli, Outcome, write_image
 from tests.helpers import fake_trt
 from tests.helpers.tensorrt import empty_machine
+from tests.helpers.trt_bundles import write_for_tensorrt
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 
@@ -63,6 +65,48 @@ def test_export_builds_and_everything_else_runs_the_engines(cli: Cli, device: st
     for density in ("1.0", "0.5") if case == "densities" else (None,):
         found = ok(cli("run", out, image, "--json", *(() if density is None else ("--density", density))))
         assert len(found["images"]) == 1
+    result, page = tmp_path / "bench.json", tmp_path / "report.html"
+    found = cli("bench", out, "--quick", "--rounds", "2", "--images", "4", "--layers", "-o", result)
+    assert found.code == 0, found.err
+    assert "where the time goes" in found.out
+    assert "do not add up to the latency" in found.err
+    layers = json.loads(result.read_text())["layers"]
+    assert {one["source"] for one in layers} == {"tensorrt profiler"}
+    assert {"attention", "mlp", "selection"} <= {part["part"] for part in layers[1]["parts"]}
+    ok(cli("report", result, "-o", page, "--json"))
+    assert "tensorrt profiler, 5 runs" in page.read_text()
     accuracy = ok(cli("evaluate", out, "--data", "digits", "--limit", "60", "--json"))
     assert accuracy["emulated"] is None
     assert all(graph["top1"] > 0.8 for graph in accuracy["graphs"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::edgeprune.errors.EdgepruneWarning")
+def test_bundles_are_compared_on_engines_built_for_it(
+    cli: Cli, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, temporary = tmp_path / "bundle", tmp_path / "tmp"
+    made = cli("export", "-m", "vit_digits", *CASES["evit"], "--random-weights", "--target", "trt-fp16", "--no-verify",
+               "--no-engine", "-o", out)  # fmt: skip
+    assert made.code == 0, made.err
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    asked = ("--blocks", "6", "--quick", "--fail-on", "median:900%", "--fail-on", "speedup:900%")
+    refused = cli("compare", out, out, *asked)
+    assert (refused.code, "[engine-missing]" in refused.err) == (3, True)
+    found = cli("compare", out, out, "--builds", "2", *asked, "--json")
+    results = ok(found)
+    assert (results["builds"], results["measured"], results["clock"]) == (2, "head to head", "wall")
+    assert [outcome["stat"] for outcome in results["outcomes"]] == ["median", "speedup"]
+    assert all(outcome["spread"] >= 0 for outcome in results["outcomes"])
+    assert list(temporary.iterdir()) == [] and not (out / "engines").exists()
+    assert not (tmp_path / "home" / "cache" / "edgeprune").exists()
+
+
+def test_without_a_gpu_no_engine_is_built_for_a_comparison(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_trt.install(monkeypatch, count=None)
+    bundle = write_for_tensorrt(tmp_path / "bundle").path
+    refused = cli("compare", bundle, bundle, "--builds", "2")
+    assert (refused.code, "[gpu-missing]" in refused.err, "fix: " in refused.err) == (3, True, True)

@@ -417,6 +417,36 @@ def test_finetune_passes_every_option_on_and_says_what_is_next(
     )
 
 
+def test_finetune_shows_what_float_and_quantized_layers_reach(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeprune.training import finetune as module
+
+    def train(request: module.FinetuneRequest, progress: Any) -> module.FinetuneResult:
+        record = {
+            "num_classes": 10,
+            "quantized": {"top1": 0.875, "top1_before": 0.25},
+            "ema": {"top1": 0.5, "top1_quantized": 0.375, "file": "x.ema.safetensors"},
+        }
+        assert request.quantize == "int8"
+        return module.FinetuneResult(request.out, tmp_path / "x.json", 0.9, 0.5, 12.0, record)
+
+    monkeypatch.setattr(module, "finetune", train)
+    result = cli("finetune", "-m", "vit_digits", "--quantize", "int8", "-o", tmp_path / "x.safetensors")
+    assert result.code == 0, result.err
+    shown = {" ".join(line.split()) for line in result.out.splitlines()}
+    assert {"top-1 before 50.00 %", "top-1 90.00 %", "quantized before 25.00 %", "quantized 87.50 %"} <= shown
+    assert "averaged 50.00 % top-1, quantized 37.50 %, x.ema.safetensors" in shown
+    assert f"--target ort-cpu-int8 --checkpoint {tmp_path / 'x.safetensors'}" in result.err
+
+
+def test_finetune_refuses_a_precision_it_cannot_train_for(cli: Cli, tmp_path: Path) -> None:
+    result = cli("finetune", "-m", "vit_digits", "--json", "--quantize", "int4", "-o", tmp_path / "x.safetensors")
+    assert result.code == 2
+    assert "int4" in result.json["error"]["message"]
+    assert "int8" in str(result.json["error"])
+
+
 @pytest.mark.parametrize(
     ("method", "options", "shown"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ pytest.importorskip("torch")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from edgeprune.bench import bench_bundle
+from edgeprune.bench.gate import Gate
+from edgeprune.bench.gate_measure import PairPlan, compare_bundles
+from edgeprune.bench.gate_rules import parse_rules
 from edgeprune.checks.compare import draw_images
 from edgeprune.checks.parity import check_parity, model_from_manifest, verify_bundle
 from edgeprune.errors import EnvironmentLackError
@@ -190,3 +195,33 @@ def test_engines_run_beside_torch(folder: Path) -> None:
         b = a @ a
         np.testing.assert_array_equal(session.run(x).logits, first)
         assert b.sum().item() == pytest.approx(product, rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["static", "densities", "buckets"])
+def test_layers_tell_where_the_time_goes(folder: Path, form: str) -> None:
+    fields: dict[str, Any] = {"densities": {"densities": (1.0, 0.5)}, "buckets": {"buckets": "16,32,48,64"}}.get(
+        form, {}
+    )
+    bundle = export(folder, "sait" if form == "buckets" else "evit", **fields)
+    build(bundle)
+    result = bench_bundle(bundle, rounds=4, quick=True, layers=True)
+    assert [one.runner for one in result.layers] == [runner.name for runner in result.runners]
+    for one in result.layers:
+        times = {part.part: part.ms for part in one.parts}
+        assert one.source == "tensorrt profiler"
+        assert sum(times.values()) > 0
+        assert times.get("other", 0.0) < 0.5 * sum(times.values()), one.nodes  # most layers tell what they were made of
+        assert sum(times.values()) < one.wall_ms  # which has all layers in it
+
+
+def test_a_bundle_against_itself_is_no_regression_on_two_builds_a_side(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.bench.gate_builds.BuildOptions", partial(BuildOptions, tactics="builtin"))
+    bundle = export(folder, "evit")
+    gate, plan = Gate(parse_rules(["median:5%"]), paired=True), PairPlan(blocks=16, dense=False, quick=True, builds=2)
+    found = compare_bundles(bundle, bundle, gate, plan)
+    (outcome,) = found.outcomes
+    assert outcome.status != "regressed", outcome
+    assert outcome.spread is not None and outcome.spread >= 0
+    assert not (bundle.path / "engines").exists()

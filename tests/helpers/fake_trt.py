@@ -64,6 +64,7 @@ class FakeTensorRT:
         log: (severity, message) of all loggers.
         registry: of plugins; its creators are there unless a test removes them.
         inspector: text the engine inspector answers, in place of one made of the graph.
+        layer_ms: what the profiler tells of a layer by its name, 0.125 of others.
     """
 
     version: str
@@ -74,6 +75,7 @@ class FakeTensorRT:
     faults: Faults = field(default_factory=Faults)
     registry: Any = None
     inspector: str | None = None
+    layer_ms: dict[str, float] = field(default_factory=dict)
     names: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -218,7 +220,14 @@ def _common(fake: FakeTensorRT) -> list[type]:
         def phase_finish(self, phase_name: str) -> None:
             raise NotImplementedError("IProgressMonitor.phase_finish is pure virtual")
 
-    return [Dims, ILogger, Logger, IHostMemory, IProgressMonitor]
+    class IProfiler:
+        def __init__(self) -> None:
+            self._ready = True
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            raise NotImplementedError("IProfiler.report_layer_time is pure virtual")
+
+    return [Dims, ILogger, Logger, IHostMemory, IProgressMonitor, IProfiler]
 
 
 def install(

@@ -177,6 +177,7 @@ def running(fake: FakeTensorRT) -> list[type]:
             self._addresses: dict[str, int] = {}
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._warm: Any = None
+            self._profiler: Any = None
             free = 0 not in engine._users or not self._exclusive()
             self._profile = 0 if free else -1
             if free:
@@ -317,7 +318,25 @@ def running(fake: FakeTensorRT) -> list[type]:
 
             device.enqueue(handle, Work(do, about))
             self._warm = self._state()
+            if self._profiler is not None and self.enqueue_emits_profile:
+                device.flush(handle)
+                self._report()
             return True
+
+        def _report(self) -> None:
+            mark = f" [profile {self._profile}]" if self._profile else ""
+            for name in _layer_names(self._engine):
+                self._profiler.report_layer_time(f"{name}{mark}", fake.layer_ms.get(name, 0.125))
+
+        @property
+        def profiler(self) -> Any:
+            return self._profiler
+
+        @profiler.setter
+        def profiler(self, profiler: Any) -> None:
+            if not isinstance(profiler, module.IProfiler) or not getattr(profiler, "_ready", False):
+                raise TypeError("incompatible function arguments: a profiler is wanted, its base class initialised")
+            self._profiler = profiler
 
         def _state(self) -> Any:
             return self._profile, dict(self._shapes)
@@ -345,22 +364,21 @@ def running(fake: FakeTensorRT) -> list[type]:
                     return f"{one.name} is outside the profile {self._profile}"
             if device.capturing(handle) and self._warm != self._state():
                 return "a context has to run once with its shapes before it can be captured"
+            if device.capturing(handle) and self._profiler is not None:
+                return "a context whose layers are timed waits for them, which cannot be captured"
             return None
 
         def report_to_profiler(self) -> bool:
             return True
 
-        vars().update(properties(name="", profiler=None, enqueue_emits_profile=True, nvtx_verbosity=None))
+        vars().update(properties(name="", enqueue_emits_profile=True, nvtx_verbosity=None))
 
     return [Runtime, ICudaEngine, EngineInspector, IExecutionContext]
 
 
 def _inspect(engine: Any) -> str:
     """Return what the inspector says of an engine: one layer per node, attention as one fused layer."""
-    nodes = engine._model.proto.graph.node
-    names = [
-        f"_gemm_mha_v2_{node.name}" if node.op_type == "Softmax" else node.name or node.output[0] for node in nodes
-    ]
+    nodes, names = engine._model.proto.graph.node, _layer_names(engine)
     io = list(engine._io)
     if engine._plan["verbosity"] not in ("DETAILED", "VERBOSE"):
         return json.dumps({"Layers": names, "Bindings": io})
@@ -388,3 +406,10 @@ def _inspect(engine: Any) -> str:
         for name, node in zip(names, nodes, strict=True)
     ]
     return json.dumps({"Layers": layers, "Bindings": io})
+
+
+def _layer_names(engine: Any) -> list[str]:
+    return [
+        f"_gemm_mha_v2_{node.name}" if node.op_type == "Softmax" else node.name or node.output[0]
+        for node in engine._model.proto.graph.node
+    ]

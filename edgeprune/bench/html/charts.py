@@ -291,7 +291,7 @@ def part_bars(layers: Sequence[LayersResult]) -> list[Bar]:
     for part in parts:
         for found in layers:
             time = next((p for p in found.parts if p.part == part), None)
-            if time is not None and time.ms is not None:
+            if time is not None:
                 share = "" if time.share is None else f" ({100 * time.share:.1f} %)"
                 rows.append(Bar(part, found.runner, kind_of(found.runner), time.ms, f"{time.ms:.3f} ms{share}"))
     return rows

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from edgeprune.checks.accuracy import match_classes
 from edgeprune.checks.parity import open_for_checks
 from edgeprune.data import open_dataset
+from edgeprune.data.classes import match_classes
 from edgeprune.data.preprocess import load_image, preprocess
 from edgeprune.errors import InputError
 from edgeprune.runtime.bundle import Bundle

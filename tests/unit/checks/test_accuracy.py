@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprune.checks.accuracy import evaluate, match_classes, rank_of
+from edgeprune.checks.accuracy import evaluate, rank_of
+from edgeprune.data.classes import match_classes
 from edgeprune.errors import InputError
 
 

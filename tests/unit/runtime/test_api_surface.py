@@ -24,7 +24,7 @@ SOURCES = sorted(
 CLASSES = {
     *("Builder", "IBuilderConfig", "INetworkDefinition", "IOptimizationProfile", "ITimingCache", "IProgressMonitor"),
     *("OnnxParser", "ParserError", "ILayer", "ITensor", "IHostMemory", "EngineInspector", "ILogger", "Logger"),
-    *("Runtime", "ICudaEngine", "IExecutionContext", "IPluginRegistry", "IPluginCreator"),
+    *("Runtime", "ICudaEngine", "IExecutionContext", "IPluginRegistry", "IPluginCreator", "IProfiler"),
 }
 # a name that only some versions have -> what is asked for in the same file before it is used
 BEHIND = {

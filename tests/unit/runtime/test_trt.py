@@ -704,3 +704,28 @@ def test_a_timer_is_told_the_time_on_the_device(
     session.time_device(None)
     session.run(images)
     assert timer.take() is None
+
+
+def test_layers_are_timed_without_graphs_and_change_no_result(
+    fake: FakeTensorRT, exported: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    bundle = copy_bundle(exported("buckets"), tmp_path / "bundle")
+    write_engines(bundle, fake, own_engines(bundle, (1, BATCH)))
+    session, images = Session(bundle), images_of(BATCH)
+    before = session.run(images)
+    logs = session.time_layers()
+    assert set(logs) == {"stem", "rest_36", "rest_39", "rest_64"}
+    fake.device.events.clear()
+    calls = len(fake.called("execute_async_v3"))
+    for _ in range(3):
+        assert_same(session.run(images), before)
+    graph_events = [name for name, _ in fake.device.events if name in ("captured", "launched")]
+    assert graph_events == []
+    assert {capturing for _, _, capturing in fake.called("execute_async_v3")[calls:]} == {False}
+    stem = next(log for log in logs["stem"] if log.times)
+    assert {len(times) for times in stem.times.values()} == {3}
+    assert json.loads(stem.information)["Layers"]
+
+
+def test_layers_of_a_bundle_without_engines_are_not_timed(tmp_path: Path) -> None:
+    assert Session(write_tiny(tmp_path / "bundle")).time_layers() == {}

@@ -21,9 +21,12 @@ from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import StageRequest
 from edgeprune.pruning.model import PrunedViT
+from edgeprune.quantization import Quantization, linear_layers
+from edgeprune.quantization.fake import FakeQuantizedLinear, fake_quantized
 from edgeprune.training import finetune as module
 from edgeprune.training.finetune import FinetuneRequest, finetune
 from edgeprune.training.init import init_from_scratch
+from edgeprune.training.loop import train
 from edgeprune.version import __version__
 
 Request = Callable[..., FinetuneRequest]
@@ -149,12 +152,12 @@ def test_same_seed_writes_the_same_weights(request_for: Request, dense: Path, tm
 def test_command_says_everything_that_was_asked_for() -> None:
     request = FinetuneRequest(
         "vit_digits", Path("a b.safetensors"), "evit", 0.7, stages="1,3", method_options={"fuse": "false"}, lr=1e-4,
-        checkpoint="dense.safetensors", seed=2, threads=1,
+        checkpoint="dense.safetensors", seed=2, threads=1, quantize="int8",
     )  # fmt: skip
     assert shlex.split(request.command()) == [
         "edgeprune", "finetune", "--model", "vit_digits", "--method", "evit", "--keep-rate", "0.7", "--stages", "1,3",
         "--data", "digits", "--checkpoint", "dense.safetensors", "--lr", "0.0001", "--seed", "2", "--threads", "1",
-        "--method-option", "fuse=false", "--output", "a b.safetensors",
+        "--quantize", "int8", "--method-option", "fuse=false", "--output", "a b.safetensors",
     ]  # fmt: skip
     assert "--keep-rate" not in FinetuneRequest("vit_digits", Path("x.safetensors")).command()
 
@@ -199,6 +202,93 @@ def test_fresh_blocks_have_unit_scale() -> None:
     init_from_scratch(model)
     assert model.blocks[0].attn.proj.weight.std().item() == pytest.approx(96**-0.5, rel=0.1)
     assert model.pos_embed[0].std().item() > 0.2
+
+
+# ----------------------------------------------------------------------------------------------- quantized layers
+
+
+def image_by_image(path: Path, data: str) -> float:
+    """Return the top-1 of a dense model with integer layers, one image at a time."""
+    model = PrunedViT(get_model_config("vit_digits", num_classes=2)).eval()
+    load_into(model, load_checkpoint(path))
+    layers = frozenset(linear_layers(model.config))
+    quantized = fake_quantized(model, Quantization("int8", "dynamic", layers, weight_bits=7))
+    job = module.resolve(FinetuneRequest("vit_digits", path, data=data))
+    with torch.inference_mode():
+        right = [
+            quantized(torch.from_numpy(pixels)).argmax().item() == label[0]
+            for pixels, label in job.judged.batches(1, job.preprocessing)
+        ]
+    return sum(right) / len(right)
+
+
+def test_quantized_training_writes_floats_and_both_accuracies(request_for: Request, dense: Path) -> None:
+    request = request_for(checkpoint=str(dense), quantize="int8", lr=1e-3)
+    result = finetune(request)
+    quantized = result.record["quantized"]
+    assert quantized == {
+        "precision": "int8", "scheme": "dynamic", "ranges": "per image", "weight_bits": 7, "layers": 24,
+        "top1": image_by_image(result.path, request.data), "top1_before": image_by_image(dense, request.data),
+    }  # fmt: skip
+    assert result.record["quantize"] == "int8"
+    before, after = load_checkpoint(dense).tensors, load_checkpoint(result.path).tensors
+    assert {name: (t.dtype, t.shape) for name, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
+    assert all(len(tensor.unique()) > 63 for name, tensor in after.items() if name.endswith("fc1.weight"))
+
+
+def test_float_training_has_nothing_of_quantized_layers_in_its_record(request_for: Request, dense: Path) -> None:
+    assert finetune(request_for(checkpoint=str(dense))).record["quantized"] is None
+
+
+def test_model_trains_quantized_and_its_teacher_does_not(
+    request_for: Request, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watch(model: PrunedViT, adapter: Any, *others: Any, **settings: Any) -> Any:
+        counts = (sum(isinstance(m, FakeQuantizedLinear) for m in x.modules()) for x in (model, adapter.setup.teacher))
+        seen.append(tuple(counts))
+        return train(model, adapter, *others, **settings)
+
+    monkeypatch.setattr(module, "train", watch)
+    finetune(request_for(method="dynamicvit", keep_rate=0.7, checkpoint=str(dense), quantize="int8"))
+    assert seen == [(24, 0)]
+
+
+def test_quantized_training_takes_other_steps_than_a_float_one(request_for: Request, dense: Path) -> None:
+    made = [
+        load_checkpoint(
+            finetune(request_for(checkpoint=str(dense), quantize=kind, out=request_for().out.with_stem(str(kind)))).path
+        ).tensors
+        for kind in (None, "int8")
+    ]
+    name = "blocks.2.mlp.fc2.weight"
+    assert not torch.equal(made[0][name], made[1][name])
+    torch.testing.assert_close(made[0][name], made[1][name], rtol=0, atol=1e-3)
+
+
+def test_quantized_training_is_resumed_only_as_one(request_for: Request, dense: Path) -> None:
+    options = {**QUICK["recipe_options"], "ema_decay": "0.5"}
+    request = request_for(checkpoint=str(dense), epochs=2, quantize="int8", recipe_options=options)
+    whole = finetune(replace(request, out=request.out.with_name("whole.safetensors")))
+    interrupted(request)
+    error = refused(replace(request, resume=True, quantize=None))
+    assert error.code == "state-mismatch"
+    assert "quantize: int8 there, None here" in str(error)
+    result = finetune(replace(request, resume=True))
+    for end in (".safetensors", ".ema.safetensors"):
+        tensors, expected = (load_checkpoint(r.path.with_suffix(end)).tensors for r in (result, whole))
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert result.record["quantized"] == whole.record["quantized"]
+    assert result.record["quantized"]["top1_before"] is not None
+    averaged = image_by_image(result.path.with_suffix(".ema.safetensors"), request.data)
+    assert result.record["ema"]["top1_quantized"] == whole.record["ema"]["top1_quantized"] == averaged
+
+
+def test_quantized_training_from_nothing_has_no_accuracy_before(request_for: Request) -> None:
+    quantized = finetune(request_for(quantize="int8")).record["quantized"]
+    assert quantized["top1_before"] is None
+    assert 0 <= quantized["top1"] <= 1
 
 
 # ----------------------------------------------------------------------------------------------- refusals
@@ -261,6 +351,7 @@ def test_output_below_a_file_is_refused(request_for: Request, tmp_path: Path) ->
         ({"recipe_options": {"mixup": "nan"}}, "recipe-option"),
         ({"recipe_options": {"rand_augment": "strong"}}, "option"),
         ({"mixed_precision": "fp8"}, "option"),
+        ({"quantize": "int4"}, "option"),
         ({"device": "tpu"}, "option"),
         ({"log": "wandb"}, "option"),
         ({"save_every": "0"}, "option"),
