@@ -44,6 +44,8 @@ def test_adopted_bundle_is_shown_built_run_and_evaluated(
     assert shown.code == 0 and "trt-int8" in shown.out and "another tool" in shown.out + shown.err
     accuracy = cli("evaluate", out, "--data", "digits", "--limit", "40", "--json").json["results"]
     assert accuracy["emulated"] is not None
+    refused = cli("verify", out, "--checkpoint", CHECKPOINT)
+    assert refused.code == 2 and "another tool quantized" in refused.err and "edgeprune evaluate" in refused.err
 
     empty_machine(tmp_path / "home", monkeypatch)
     fake_trt.install(monkeypatch, "11.4.0")
