@@ -35,7 +35,7 @@ from edgeprune.runtime.manifest import Manifest
 from edgeprune.runtime.processor import processor_name
 from edgeprune.runtime.timing import DeviceTimer
 
-BASELINES = ("dense", "random", "naive")
+BASELINES = ("dense", "random", "naive", "float")
 IMAGES, QUICK_IMAGES = 16, 8
 
 
@@ -47,7 +47,7 @@ def bench_bundle(
     rounds: int | None = None,
     duration: float | None = None,
     quick: bool = False,
-    against: Sequence[str] = ("dense", "random"),
+    against: Sequence[str] = ("dense", "random", "float"),
     data: str | None = None,
     images: int | None = None,
     callers: int | None = None,
@@ -75,7 +75,8 @@ def bench_bundle(
         rounds: exact number of rounds instead of a duration.
         duration: seconds of measuring, warm-up not included; 10 by default, 3 when quick.
         quick: a short run, marked as such.
-        against: "dense" and "random" from the bundle, "naive" exported on the spot (needs torch).
+        against: "dense" and "random" from the bundle; "naive" exported on the spot (needs torch); "float" the pruned
+            graph without its quantization, of a bundle that has one and runs on the processor.
         data: "digits" or "imagefolder:PATH"; None makes noise.
         images: of a pass over an adaptive bundle and of the callers, rounded up to full batches; 16 by default, 8 when
             quick.
@@ -113,6 +114,8 @@ def bench_bundle(
         timer = DeviceTimer() if on_device else None
         contest = Contest(sample, threads, singly=asked.fps is not None, timer=timer)
         session = contest.add_bundle(bundle, against)
+        if "float" in against and manifest.quantization is not None and not on_device:
+            contest.add_float(bundle)
         if "naive" in against:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-naive-"))
             path = export_naive_dense(config_from_manifest(manifest), Path(directory), batch=batch, seed=seed)

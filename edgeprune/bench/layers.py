@@ -19,6 +19,7 @@ from edgeprune.bench import stats
 from edgeprune.bench.measure import SystemClock
 from edgeprune.errors import InputError
 from edgeprune.runtime.bundle import Bundle
+from edgeprune.runtime.kernels import node_runs
 from edgeprune.runtime.ort import OrtBackend
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def profile_layers(bundle: Bundle, contest: Contest, *, quick: bool) -> list[Lay
     rates = pruned_runners(manifest)
     results = []
     for runner in contest.runners:
-        if runner == "naive":  # not of the bundle
+        if runner in ("naive", "float"):  # not of the bundle
             continue
         graph = "model" if runner in rates or not manifest.method.stages else runner
         options = {"graph": graph, "threads": contest.threads, "density": rates.get(runner)}
@@ -155,7 +156,7 @@ def _profile_nodes(
         events = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
     per_run = len(batches)
     nodes = [node for document in events.values() for node in node_times(document, WARMUP_RUNS, runs, per_run)]
-    graphs = [name for name, document in events.items() if any(_is_node(event) for event in document)]
+    graphs = [name for name, document in events.items() if any(node_runs(document))]
     return summarise_layers(runner, graphs, nodes, runs=runs, wall_ms=stats.median(times) / per_run)
 
 
@@ -226,20 +227,14 @@ def node_times(events: Iterable[Mapping[str, Any]], warmup: int, runs: int, per_
         per_run: runs of a call, over which the time is spread.
     """
     took: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for event in events:
-        if _is_node(event):
-            name = str(event["name"]).removesuffix("_kernel_time")
-            took[name, str(event.get("args", {}).get("op_name", ""))].append(float(event["dur"]) / 1000)
+    for node in node_runs(events):
+        took[node.name, node.op].append(node.ms)
     nodes = []
     for (name, op), times in took.items():
         measured = times[len(times) * warmup // (warmup + runs) :]
         calls = len(measured) / runs / per_run  # of one run; several where images run one by one or routed
         nodes.append(NodeTime(name, op, part_of(name), stats.median(measured) * calls))
     return nodes
-
-
-def _is_node(event: Mapping[str, Any]) -> bool:
-    return event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time")
 
 
 def summarise_layers(

@@ -225,6 +225,9 @@ def report_notes(result: BenchResult) -> list[str]:
     if result.selection_overhead:
         share = format_ratio(result.selection_overhead, percent=True)
         notes.append(f"selection and scoring take {share} of the pruned run{_at(result)}")
+    if result.quantization_gain:
+        precision, gain = result.bundle["precision"], format_ratio(result.quantization_gain)
+        notes.append(f"{precision} against float32 of the same graph{_at(result)}: {gain} times faster")
     if result.naive_over_pruned:
         times = format_ratio(result.naive_over_pruned)
         notes.append(f"pruned{_at(result)} against the naive torch export: {times} times faster")

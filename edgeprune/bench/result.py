@@ -156,6 +156,8 @@ class BenchResult:
         warmup: what was run before; None likewise.
         telemetry: temperature, clocks, throttling and power while measuring; None where the machine tells nothing.
         layers: where the time of each graph went, when asked for.
+        quantization_gain: float32 / quantized, paired, of the first graph that prunes; None where float32 was not
+            measured.
     """
 
     schema: str
@@ -196,6 +198,7 @@ class BenchResult:
     warmup: WarmupResult | None = None
     telemetry: TelemetryResult | None = None
     layers: list[LayersResult] = field(default_factory=list)
+    quantization_gain: Ratio | None = None
 
     def runner(self, name: str) -> RunnerResult | None:
         """Return a graph's result by name, None when it was not measured."""

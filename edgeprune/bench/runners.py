@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgeprune.runtime.opener import OpenGraph
     from edgeprune.runtime.session import Session
 
     Batches = Sequence[NDArray[np.float32]]
@@ -123,6 +124,21 @@ class Contest:
             self._add_baseline(bundle, "random", against)
         return session
 
+    def add_float(self, bundle: Bundle) -> None:
+        """Add what a quantized bundle runs first, in float32; needs the `onnx` package, and warns without."""
+        try:
+            from edgeprune.export.float_twin import open_float_twin
+        except ImportError:
+            self.warnings.append("without the package onnx the float32 form was not measured")
+            return
+        before = env.read_pss_mib()
+        session = open_session(bundle, "model", threads=self.threads, open_graph=open_float_twin)
+        self.runners["float"] = pass_runner(session, self.images.batches, self._first_rate(bundle), singly=self.singly)
+        self.memory.append(MemoryResult("float", before, env.read_pss_mib()))
+
+    def _first_rate(self, bundle: Bundle) -> float | None:
+        return next(iter(pruned_runners(bundle.manifest).values()))
+
     def add_onnx(self, name: str, path: Path) -> None:
         """Add an ONNX file in ONNX Runtime's defaults, without spinning between runs."""
         before = env.read_pss_mib()
@@ -147,11 +163,11 @@ class Contest:
         return session
 
 
-def open_session(bundle: Bundle, graph: str, *, threads: int) -> Session:
+def open_session(bundle: Bundle, graph: str, *, threads: int, open_graph: OpenGraph | None = None) -> Session:
     """Return a session of one graph of a bundle that does not spin between runs."""
     from edgeprune.runtime.session import Session
 
-    return Session(bundle, graph=graph, threads=threads, spinning=False, check_hashes=False)
+    return Session(bundle, graph=graph, threads=threads, spinning=False, check_hashes=False, open_graph=open_graph)
 
 
 def session_runner(bundle: Bundle, graph: str, *batches: NDArray[np.float32], threads: int) -> Runner:

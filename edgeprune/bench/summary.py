@@ -30,6 +30,7 @@ LABELS = {
     "dense": "dense graph of the same target",
     "pruned": "pruned graph",
     "random": "same token counts, constant positions, no scores",
+    "float": "the same graph in float32",
     "naive": "dense, torch.onnx export in its defaults, random weights",
 }
 
@@ -49,7 +50,7 @@ def summarise(
 
     Args:
         manifest: of the bundle.
-        measurement: of the runners "dense" and, as far as there are, the pruned ones, "random", "naive".
+        measurement: of the runners "dense" and, as far as there are, the pruned ones, "random", "naive", "float".
         setting: batch, threads and the like.
         machine: what else ran.
         fingerprint: of the environment.
@@ -70,6 +71,7 @@ def summarise(
     speedup, rest = ratio("dense", pruned), ratio("random", pruned)
     macs = _macs(manifest, manifest.macs, extras.mean_macs.get(pruned)) if pruned in blocks else None
     nominal, own = _efficiency(speedup, macs)
+    gain = ratio("float", pruned if pruned in blocks else "dense")
     return BenchResult(
         schema=SCHEMA,
         created=created,
@@ -100,7 +102,7 @@ def summarise(
         efficiency_own=own,
         selection_overhead=rest.complement() if rest else None,
         unstable=_unstable(measurement, machine, setting, extras),
-        warnings=[*manifest.warnings, *(warnings or [])],
+        warnings=[*manifest.warnings, *(warnings or []), *_quantization_warnings(manifest, gain)],
         machine=machine,
         fingerprint=dict(fingerprint),
         adaptive=extras.adaptive,
@@ -115,7 +117,14 @@ def summarise(
         warmup=measurement.warmup,
         telemetry=extras.telemetry,
         layers=list(extras.layers),
+        quantization_gain=gain,
     )
+
+
+def _quantization_warnings(manifest: Manifest, gain: Ratio | None) -> list[str]:
+    if gain is None or gain.estimate > 1:
+        return []
+    return [f"{manifest.precision} is not faster here: {gain.estimate:.2f} times as fast as float32"]
 
 
 def _blocks(samples: Samples, clock: RatioClock, measurement: Measurement) -> NDArray[float64]:

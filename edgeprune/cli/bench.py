@@ -40,7 +40,13 @@ if TYPE_CHECKING:
 @click.option("--rounds", type=click.IntRange(min=1), help="An exact number instead of a duration.")
 @click.option("--duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Of measuring.")
 @click.option("--quick", is_flag=True, help="A short run, marked as such.")
-@click.option("--against", default="dense,random", show_default=True, metavar="LIST", help="Of dense, random, naive.")
+@click.option(
+    "--against",
+    default="dense,random,float",
+    show_default=True,
+    metavar="LIST",
+    help="Of dense, random, float (of int8), naive.",
+)
 @click.option("--data", metavar="DATA", help="Run on digits or imagefolder:PATH instead of noise.")
 @click.option(
     "--images",

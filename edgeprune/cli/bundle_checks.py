@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from edgeprune.cli.machine import Finding, as_numbers, find_version
 from edgeprune.errors import EnvironmentLackError
@@ -23,8 +26,12 @@ from edgeprune.runtime.engines import (
     folder_name,
     read_index,
 )
+from edgeprune.runtime.kernels import float_layers, read_profile
+from edgeprune.runtime.manifest import QuantizationInfo
 from edgeprune.runtime.opener import ENGINE_TARGETS
+from edgeprune.runtime.ort import OrtBackend
 from edgeprune.runtime.ort_cuda import PROVIDER
+from edgeprune.runtime.session import Session
 
 
 def check_bundle(bundle: Bundle) -> Iterator[Finding]:
@@ -35,7 +42,10 @@ def check_bundle(bundle: Bundle) -> Iterator[Finding]:
     m = bundle.manifest
     yield Finding("bundle", "ok", f"{m.model.name}, {m.method.name}, for {m.target}; {len(m.files)} files unchanged")
     if m.target not in ENGINE_TARGETS:
-        yield _runs_in_onnxruntime(m.target)
+        here = _runs_in_onnxruntime(m.target)
+        yield here
+        if here.level == "ok" and m.quantization is not None:
+            yield from _integers(bundle, m.quantization)
         return
     device, version = _device(), _tensorrt()
     yield from _versions(bundle, version)
@@ -52,6 +62,29 @@ def _runs_in_onnxruntime(target: str) -> Finding:
         return Finding("runs here", "ok", f"onnxruntime with {wanted}")
     fix = "pip uninstall onnxruntime, then pip install 'edgeprune[cuda]'; on a Jetson NVIDIA's own wheel"
     return Finding("runs here", "fail", f"onnxruntime has no {wanted}", fix)
+
+
+def _integers(bundle: Bundle, info: QuantizationInfo) -> Iterator[Finding]:
+    """Yield whether the quantized layers of a bundle run on integers here, and without overflow."""
+    with TemporaryDirectory(prefix="edgeprune-profile-") as folder:
+        opened = partial(OrtBackend, profile=Path(folder) / "profile")
+        session = Session(bundle, threads=1, spinning=False, check_hashes=False, open_graph=opened)
+        session.warmup()
+        nodes = [node for path in session.end_profiling().values() for node in read_profile(path)]
+    found = sorted(set(float_layers(nodes, info.kept_float)))
+    if found:
+        fix = "use a bundle for ort-cpu, and report the version of onnxruntime"
+        yield Finding("integer kernels", "fail", f"{len(found)} quantized layers run on floats: {found[0]}", fix)
+    else:
+        yield Finding("integer kernels", "ok", f"all {info.layers} quantized layers run on integers")
+    if info.weight_bits == 8 and find_spec("onnx") is not None:
+        from edgeprune.export.saturation import saturates
+
+        if saturates():
+            fix = "export without --weight-bits, for weights of 7 bits"
+            yield Finding("8-bit weights", "fail", "sums overflow on this processor: results are wrong", fix)
+        else:
+            yield Finding("8-bit weights", "ok", "this processor adds their products exactly")
 
 
 def _device() -> Device | None:

@@ -18,11 +18,13 @@ from edgeprune.runtime.manifest import (
     Macs,
     Manifest,
     ParityInfo,
+    QuantizationInfo,
     StageInfo,
 )
 
 BARS = " ▁▂▃▄▅▆▇█"
 BINS = 32
+SHOWN_LAYERS = 8  # kept float
 OTHERS = {
     Reducer.DROP.value: "dropped",
     Reducer.FUSE.value: "fused into one",
@@ -44,6 +46,8 @@ def summary(bundle: Bundle) -> list[tuple[str, Any]]:
         ("token counts", None if m.adaptive is None else adaptive_words(m.adaptive)),
         ("keep rates", ", ".join(f"{d.keep_rate:g}" for d in m.densities) or None),
         ("MACs", None if m.macs is None else macs_words(m.macs, m.method.stages)),
+        ("quantized", None if m.quantization is None else quantization_words(m.quantization)),
+        ("cost", None if m.quantization is None else quantization_cost(m.quantization)),
         ("parity", None if m.parity is None else parity_words(m.parity)),
         ("TensorRT", None if m.tensorrt is None else tensorrt_words(m.tensorrt)),
     ]
@@ -62,6 +66,34 @@ def plan_summary(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("steps", "\n".join(plan["steps"])),
         ("files", ", ".join(plan["files"])),
     ]
+
+
+def quantization_words(info: QuantizationInfo) -> str:
+    """Return which layers are quantized and how."""
+    of = info.layers + len(info.kept_float)
+    ranges = info.ranges
+    how = "ranges taken as it runs" if ranges is None else f"{ranges.method} of {ranges.images} images of {ranges.data}"
+    text = f"{info.layers} of {of} linear layers, {info.weight_bits}-bit weights, {info.scheme}: {how}"
+    return text + "".join(f"\nfloat: {layer}" for layer in info.kept_float[:SHOWN_LAYERS])
+
+
+def quantization_cost(info: QuantizationInfo) -> str | None:
+    """Return what quantization costs in accuracy and gains in time, as far as it was measured."""
+    parts, found = [], info.accuracy
+    if found is not None:
+        if found.float_top1 is not None and found.top1 is not None:
+            parts.append(f"top-1 {100 * found.float_top1:.2f} % in float, {100 * found.top1:.2f} % quantized")
+        parts.append(f"the same class for {100 * found.top1_agreement:.2f} %")
+        if found.kept_overlap is not None:
+            parts.append(f"kept tokens overlap by {100 * found.kept_overlap:.1f} %")
+        parts[-1] += f" ({found.images} {'held-out ' if found.held_out else ''}images of {found.data})"
+    if info.speed is not None:
+        ms = info.speed.ms
+        parts.append(
+            f"{ms['float'] / ms[info.scheme]:.2f} times as fast as float32 where it was exported ({info.speed.cpu}, "
+            f"batch {info.speed.batch}, {info.speed.threads} thread)"
+        )
+    return ", ".join(parts) or None
 
 
 def emulation_words(reason: str) -> str:

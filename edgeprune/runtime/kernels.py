@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ _LINEAR = re.compile(r"(blocks\.\d+)\.(?:attn\.(?P<part>[qkv])|(?P<rest>attn\.pr
 
 @dataclass(frozen=True)
 class NodeRun:
-    """One node: the operator that ran, which may be another one than the file's, and what it took."""
+    """One run of a node: the operator that ran, which may be another one than the file's, and what it took."""
 
     name: str
     op: str
@@ -48,14 +49,25 @@ def profile_nodes(
         backend = open_backend(profile=Path(folder) / "profile")
         for _ in range(1 + runs):
             backend.run(feeds)
-        events = json.loads(backend.end_profiling().read_text(encoding="utf-8"))
+        ran = list(read_profile(backend.end_profiling()))
     took: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for node in ran:
+        took[node.name, node.op].append(node.ms)
+    return [NodeRun(name, op, median(times[1:] or times)) for (name, op), times in took.items()]
+
+
+def read_profile(path: Path) -> Iterator[NodeRun]:
+    """Yield every run of a node that ONNX Runtime's profiler wrote to a file, in the order of time."""
+    return node_runs(json.loads(path.read_text(encoding="utf-8")))
+
+
+def node_runs(events: Iterable[Mapping[str, Any]]) -> Iterator[NodeRun]:
+    """Yield the runs of nodes among the events of ONNX Runtime's profiler."""
     for event in events:
         name = str(event.get("name", ""))
         if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-            key = (name.removesuffix("_kernel_time"), str(event.get("args", {}).get("op_name", "")))
-            took[key].append(float(event["dur"]) / 1000)
-    return [NodeRun(name, op, median(times[1:] or times)) for (name, op), times in took.items()]
+            op = str(event.get("args", {}).get("op_name", ""))
+            yield NodeRun(name.removesuffix("_kernel_time"), op, float(event["dur"]) / 1000)
 
 
 def float_layers(nodes: Collection[NodeRun], kept_float: Collection[str]) -> list[str]:

@@ -20,7 +20,7 @@ MIN_DENSITY = 8  # samples below which no density is drawn
 
 
 def kind_of(runner: str) -> str:
-    """Return the class that colours a graph: "dense", "pruned", "random" or "naive"."""
+    """Return the class that colours a graph: "dense", "pruned", "random", "float" or "naive"."""
     return runner.partition(" ")[0]
 
 

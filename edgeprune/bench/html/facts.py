@@ -19,7 +19,7 @@ Z95 = 1.959964
 MACHINE = ("cpu_model", "architecture", "usable_cores", "gpu", "governor", "power_mode", "nvpmodel")
 FIELDS = {"memory_mib": "memory (MiB)", "mhz": "clock (MHz)", "load_1min": "load, 1 min", "cpu_model": "processor"}
 LINE = 88  # characters of a command before it is continued on the next line
-BASELINES = ("dense", "random", "naive")
+BASELINES = ("dense", "random", "naive", "float")
 
 
 @dataclass(frozen=True)
