@@ -9,11 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgeprune.export.adoption import adopt
     from edgeprune.export.api import export_model, load_torch_model, plan_export
     from edgeprune.export.modules import export_module
     from edgeprune.export.request import ExportRequest
 
 _HOMES = {
+    "adopt": "adoption",
     "ExportRequest": "request",
     "export_model": "api",
     "export_module": "modules",
@@ -21,7 +23,7 @@ _HOMES = {
     "plan_export": "api",
 }
 
-__all__ = ["ExportRequest", "export_model", "export_module", "load_torch_model", "plan_export"]
+__all__ = ["ExportRequest", "adopt", "export_model", "export_module", "load_torch_model", "plan_export"]
 
 
 def __getattr__(name: str) -> Any:

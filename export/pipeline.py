@@ -18,7 +18,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from edgeprune.errors import InternalError
 from edgeprune.export.emit.emitter import emit_graph
 from edgeprune.export.lint import LintContext, run_lint
 from edgeprune.export.passes.eliminate_dead_rows import eliminate_dead_rows
@@ -65,8 +64,6 @@ def lower(
     Raises:
         BuildError: `lint` when the graph breaks a rule of the target.
     """
-    if target.dialect is None:
-        raise InternalError(f"target {target.name} has no dialect", code="target")
     dialect = target.dialect(quantization) if target.quantizes else target.dialect()
     graphs = emit_graph(plan, dialect, weights, name=next(path.stem for path in paths if path), opset=opset)
     return {
@@ -87,7 +84,6 @@ def finish_graph(
     batch: tuple[int, int],
 ) -> onnx.ModelProto:
     """Apply the target's graph passes, write the graph and lint it; `plan` is None for a traced graph."""
-    assert target.passes is not None and target.rules is not None
     G_LOGGER.severity = G_LOGGER.ERROR
     for graph_pass in target.passes(selection, batch):
         graph = graph_pass(graph)

@@ -49,10 +49,18 @@ def verify_bundle(
         density: keep rate to compare, of a bundle that holds several; `model` must then be a `PrunedViT`.
 
     Raises:
-        InputError: `parity-precision`, or those of `Session`.
+        InputError: `parity-adopted`, `parity-precision`, or those of `Session`.
     """
-    session = session or open_for_checks(bundle)[0]
     manifest = bundle.manifest
+    if manifest.quantization is None and manifest.precision in ("int8", "fp8"):
+        raise InputError(
+            "another tool quantized this bundle's model, for images like those it was calibrated with and not for "
+            "drawn ones",
+            code="parity-adopted",
+            expected="a bundle that edgeprune quantized",
+            hint="compare accuracies with `edgeprune evaluate`; `edgeprune adopt --data` compares with the float graph",
+        )
+    session = session or open_for_checks(bundle)[0]
     if manifest.quantization is not None or density is not None:
         config = config_from_manifest(manifest)
     if manifest.quantization is not None:

@@ -27,6 +27,7 @@ from edgeprune.version import __version__
 # Each verb is `command` in the module of its name; the text stands here so that --help imports none of them.
 VERBS = {
     "export": "Compile a checkpoint into a bundle.",
+    "adopt": "Take a graph that another tool quantized into a bundle.",
     "build": "Build a bundle's TensorRT engines on this device.",
     "run": "Classify images with a bundle.",
     "verify": "Compare a bundle with PyTorch on fresh inputs.",

@@ -13,6 +13,7 @@ import onnx
 
 from edgeprune.export.lint import Finding, LintContext
 from edgeprune.export.lint.facts import STANDARD_DOMAINS, Facts, attribute, label
+from edgeprune.export.targets.tensorrt_versions import first_that
 
 NAMES = ("QuantizeLinear", "DequantizeLinear")
 TYPES = ("int8", "float8e4m3fn", "int4")
@@ -25,11 +26,15 @@ def is_one(node: onnx.NodeProto) -> bool:
 
 def quantized_tensors(context: LintContext) -> list[Finding]:
     """Refuse what is not symmetric, has no constant and positive scale, or one per channel of an activation."""
-    return [
-        Finding("quantized-tensor", label(node), reason)
-        for node in filter(is_one, context.facts.nodes)
-        for reason in _reasons(context.facts, node)
+    nodes = [node for node in context.facts.nodes if is_one(node)]
+    findings = [
+        Finding("quantized-tensor", label(node), reason) for node in nodes for reason in _reasons(context.facts, node)
     ]
+    if nodes and not context.family.strong:
+        since = first_that(lambda family: family.strong)
+        reason = f"quantized graphs need strongly typed networks, from TensorRT {since} on"
+        findings.append(Finding("quantized-tensor", label(nodes[0]), reason))
+    return findings
 
 
 def _reasons(facts: Facts, node: onnx.NodeProto) -> Iterator[str]:

@@ -30,7 +30,7 @@ from edgeprune.export.lint.plugin_fields import plugin_fields
 from edgeprune.export.lint.quantized_attention import quantized_attention
 from edgeprune.export.lint.quantized_gather import quantized_gather
 from edgeprune.export.lint.quantized_products import quantized_products
-from edgeprune.export.lint.quantized_tensors import quantized_tensors
+from edgeprune.export.lint.quantized_tensors import is_one, quantized_tensors
 from edgeprune.export.lint.same_types import same_types
 from edgeprune.export.lint.shape_from_data import shape_from_data
 from edgeprune.export.lint.tokens_shrink import tokens_shrink
@@ -67,7 +67,7 @@ def tensorrt_rules(least: str = LEAST) -> tuple[Rule, ...]:
     """Return the rules a graph must obey that is to run on a version of TensorRT and newer ones.
 
     A graph of an opset or with types that version does not know, bfloat16 for one, was asked for as such: it is judged
-    for the oldest version that knows them.
+    for the oldest version that knows them, and a quantized graph for one with strongly typed networks.
     """
     return (
         *(_at(rule, least) for rule in PARSER_RULES),
@@ -102,8 +102,11 @@ def _at(rule: Rule, least: str) -> Rule:
 
 
 def _oldest_that_reads(facts: Facts, least: str) -> str:
+    quantized = any(is_one(node) for node in facts.nodes)
+
     def reads(family: Family) -> bool:
         new_enough = as_numbers(family.version) >= as_numbers(family_of(least).version)
+        new_enough = new_enough and (family.strong or not quantized)
         return new_enough and family.opset >= facts.opset and family.types.issuperset(facts.types.values())
 
     return first_that(reads) or least

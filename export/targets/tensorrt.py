@@ -25,8 +25,8 @@ WORDS = {
     "bf16": "bfloat16 with float32 scores and normalisation; from TensorRT 10 on",
 }
 QUANTIZED = {
-    "int8": "8-bit integer linear layers, attention in float16; from TensorRT 10 on",
-    "fp8": "8-bit floating-point linear layers, attention in float16; from TensorRT 10 on, compute capability 8.9",
+    "int8": "8-bit integer linear layers in a float16 graph; from TensorRT 10 on",
+    "fp8": "8-bit float linear layers in a float16 graph; from TensorRT 10 and compute capability 8.9 on",
 }
 BASE = "fp16"  # what is not quantized
 

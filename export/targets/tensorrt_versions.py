@@ -75,6 +75,7 @@ class Family:
         loops: operators imported as a loop; an engine with a loop cannot be captured into a CUDA graph.
         ignored: attributes by operator that make no difference to what is computed, though they should.
         int64: int64 tensors are such, inside and as inputs and outputs; they are int32 otherwise.
+        strong: networks can be strongly typed, so that what the graph quantizes is what runs so.
     """
 
     version: str
@@ -88,6 +89,7 @@ class Family:
     loops: frozenset[str]
     ignored: Mapping[str, tuple[str, ...]]
     int64: bool
+    strong: bool
 
     def takes(self, operator: str, element_type: str) -> bool:
         """Return whether the parser takes an operator on data of a type."""
@@ -151,6 +153,7 @@ def _family(
         loops=frozenset(loops),
         ignored=_IGNORED if modern else _IGNORED | _ONCE_IGNORED,
         int64=modern,
+        strong=modern,
     )
 
 

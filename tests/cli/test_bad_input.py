@@ -171,8 +171,9 @@ def test_unknown_target_names_the_nearest(cli: Cli, out: Path) -> None:
     assert_nothing_written(out)
 
 
-def test_target_that_cannot_be_used_here(cli: Cli, out: Path) -> None:
-    assert_refused(cli(*EXPORT, "--target", "ort-cpu-int8", "-o", out), 3, "target-unavailable", "ort-cpu-int8")
+def test_target_that_cannot_be_used_here(cli: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.export.targets.base.find_spec", lambda package: None)
+    assert_refused(cli(*EXPORT, "--target", "trt-fp16", "-o", out), 3, "target-unavailable", "trt-fp16")
     assert_nothing_written(out)
 
 

@@ -110,3 +110,20 @@ def test_without_a_gpu_no_engine_is_built_for_a_comparison(
     bundle = write_for_tensorrt(tmp_path / "bundle").path
     refused = cli("compare", bundle, bundle, "--builds", "2")
     assert (refused.code, "[gpu-missing]" in refused.err, "fix: " in refused.err) == (3, True, True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::edgeprune.errors.EdgepruneWarning")
+@pytest.mark.parametrize("device", ["11.4.0"], indirect=True)
+def test_quantized_bundle_is_built_and_runs(cli: Cli, device: str, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "bundle", CHECKPOINTS / "vit_digits_evit.safetensors"
+    made = ok(
+        cli("export", "-m", "vit_digits", "--method", "evit", "--keep-rate", "0.5", "--stages", "0,2,3",
+            "--token-outputs", "--checkpoint", checkpoint, "--target", "trt-int8", "--calibration", "digits",
+            "--calibration-images", "64", "--batch", "1:2", "-o", out, "--json")
+    )  # fmt: skip
+    assert made["engines"]["tensorrt"] == device
+    verified = ok(cli("verify", out, "--checkpoint", checkpoint, "--images", "4", "--json"))
+    assert verified["emulated"] is None and verified["parity"]["top1_agreement"] == 1.0
+    accuracy = ok(cli("evaluate", out, "--data", "digits", "--limit", "60", "--json"))
+    assert all(accuracy["graphs"][name]["top1"] > 0.9 for name in ("model", "dense"))

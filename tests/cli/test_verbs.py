@@ -41,11 +41,14 @@ def test_methods_says_what_a_keep_rate_means_and_shows_the_notes(cli: Cli) -> No
     assert METHODS["tome"].notes[0] in " ".join(cli("methods").out.split())
 
 
-def test_targets_lists_reasons(cli: Cli) -> None:
+def test_targets_lists_reasons(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {row["name"]: row for row in cli("targets", "--json").json["results"]}
     assert rows["ort-cpu"]["available"]
-    assert not rows["ort-cpu-int8"]["available"]
-    assert rows["ort-cpu-int8"]["why_unavailable"] in cli("targets").out
+    monkeypatch.setattr("edgeprune.export.targets.base.find_spec", lambda package: None)
+    rows = {row["name"]: row for row in cli("targets", "--json").json["results"]}
+    assert not rows["ort-cpu"]["available"]
+    assert "pip install" in rows["ort-cpu"]["why_unavailable"]
+    assert "'edgeprune[export]'" in cli("targets").out
 
 
 # ------------------------------------------------------------------------------------------------ export

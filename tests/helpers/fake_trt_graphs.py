@@ -130,7 +130,9 @@ def computer_of(source: Path, stamp: float, data: bytes | None = None) -> Comput
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(source.parent))
     proto = onnx.load(source, load_external_data=False) if data is None else onnx.load_model_from_string(data)
     low = {one.data_type for one in proto.graph.initializer} & {TensorProto.FLOAT16, TensorProto.BFLOAT16}
-    widened = bool(low) or any(node.domain == "edgeprune" for node in proto.graph.node)
+    widened = bool(low) or any(
+        node.domain == "edgeprune" or node.op_type == "DequantizeLinear" for node in proto.graph.node
+    )
     model = (emulated(proto) if widened else proto).SerializeToString()
     return Computer(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]), widened)
 

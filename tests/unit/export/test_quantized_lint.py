@@ -16,6 +16,7 @@ from edgeprune.export.lint.quantized_gather import quantized_gather
 from edgeprune.export.lint.quantized_products import quantized_products
 from edgeprune.export.lint.quantized_tensors import quantized_tensors
 from edgeprune.export.ops import PLUGIN_FIELDS
+from edgeprune.export.targets.tensorrt_versions import FAMILIES
 
 F16 = TensorProto.FLOAT16
 FLOAT8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
@@ -55,7 +56,7 @@ def graph_of(nodes: list[onnx.NodeProto], ends: dict[str, list[int]], constants:
 def findings(graph: onnx.GraphProto) -> list[tuple[str, str]]:
     """Return (node, reason) of all rules."""
     imports = [helper.make_opsetid("", 21), helper.make_opsetid("edgeprune", 1)]
-    context = LintContext(helper.make_model(graph, opset_imports=imports), None, DOMAINS)
+    context = LintContext(helper.make_model(graph, opset_imports=imports), None, DOMAINS, "10.0")
     return [(f.node, f.reason) for rule in RULES for f in rule(context)]
 
 
@@ -189,6 +190,13 @@ def test_broken_graph_is_refused(name: str) -> None:
     change(graph)
     found = findings(graph)
     assert any(at == where and reason in words for at, words in found), found
+
+
+def test_quantized_graph_is_for_versions_with_strong_typing() -> None:
+    context = LintContext(helper.make_model(linear(), opset_imports=[helper.make_opsetid("", 17)]), None, DOMAINS)
+    refusing = [version for version in FAMILIES if quantized_tensors(context.at(version))]
+    assert refusing == ["8.5", "8.6"]
+    assert quantized_tensors(context.at("8.6"))[0].reason.endswith("from TensorRT 10.0 on")
 
 
 # ------------------------------------------------------------------------------------------------ attention

@@ -18,6 +18,8 @@ from edgeprune.export.trt.job import Built, Job, JobProfile
 from tests.helpers import fake_trt
 from tests.helpers.bundles import tiny_model
 from tests.helpers.fake_trt import FakeTensorRT
+from tests.helpers.lowering import lowered, random_model, small
+from tests.helpers.quantized import made_up
 from tests.helpers.trt_bundles import with_plugin_node
 
 OLD, NEW = fake_trt.VERSIONS
@@ -349,3 +351,16 @@ def test_quantized_engine_takes_no_flag_and_no_version_without_strong_typing(
     new = fake_trt.install(monkeypatch, NEW)
     run(job(tmp_path, half_model(), precision=precision))
     assert asked(new)["flags"] == []
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_emitted_quantized_graph_is_parsed_and_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
+    new = fake_trt.install(monkeypatch, NEW)
+    config = small(depth=3)
+    graph = lowered(random_model(config), tmp_path, target=f"trt-{precision}", quantization=made_up(config, precision))
+    paths = {name: str(tmp_path / name) for name in ("engine", "layers", "log")}
+    run(Job(graph=str(graph.path), profiles=[JobProfile(shapes={})], precision=precision, workspace=1 << 28, **paths))
+    assert asked(new)["flags"] == []
+    assert fake_trt.read_plan((tmp_path / "engine").read_bytes())["model"] == str(graph.path)
