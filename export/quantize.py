@@ -32,7 +32,14 @@ from edgeprune.export.turns import measure_in_turns
 from edgeprune.export.writer import WeightStore
 from edgeprune.plugins.locate import cache_root
 from edgeprune.quantization.ranges import observe_ranges, parse_method
-from edgeprune.quantization.scheme import Quantization, Range, Scheme, linear_layers
+from edgeprune.quantization.scheme import (
+    DOT_PRODUCT_BITS,
+    PORTABLE_BITS,
+    Quantization,
+    Range,
+    Scheme,
+    linear_layers,
+)
 from edgeprune.runtime.kernels import float_layers, linear_layer, profile_nodes
 from edgeprune.runtime.manifest import (
     PreprocessInfo,
@@ -53,7 +60,6 @@ NOISE, NOISE_IMAGES = "noise", 16
 THREADS = 1  # of the runs that decide
 BY_TRIAL = 512  # images that tell whether a faster scheme is as good
 FASTER = 0.98  # static is taken when it needs at most this share of the time and agrees with the float model as often
-PORTABLE_BITS, DOT_PRODUCT_BITS = 7, 8
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from edgeprune.plugins.contract import build_command as plugin_command
 from edgeprune.plugins.contract import library_for
 from edgeprune.plugins.loader import import_tensorrt
 from edgeprune.plugins.locate import chosen, find_candidates
+from edgeprune.quantization.scheme import DOT_PRODUCT_BITS
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.cuda import Device, find_device
 from edgeprune.runtime.engines import (
@@ -77,7 +78,7 @@ def _integers(bundle: Bundle, info: QuantizationInfo) -> Iterator[Finding]:
         yield Finding("integer kernels", "fail", f"{len(found)} quantized layers run on floats: {found[0]}", fix)
     else:
         yield Finding("integer kernels", "ok", f"all {info.layers} quantized layers run on integers")
-    if info.weight_bits == 8 and find_spec("onnx") is not None:
+    if info.weight_bits == DOT_PRODUCT_BITS and find_spec("onnx") is not None:
         from edgeprune.export.saturation import saturates
 
         if saturates():

@@ -22,6 +22,7 @@ Scheme = Literal["dynamic", "static"]
 Range = tuple[float, float]  # least and largest value of a tensor
 
 PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+PORTABLE_BITS, DOT_PRODUCT_BITS = 7, 8  # of weights; see `Quantization`
 FP8_MAX = 448.0  # of float8e4m3fn
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16, in which some engines hold scales
 
@@ -44,6 +45,11 @@ class Quantization:
     layers: frozenset[str]
     ranges: Mapping[str, Range] = field(default_factory=dict)
     weight_bits: int = 8
+
+
+def portable(config: ViTConfig) -> Quantization:
+    """Return the quantization of every layer that needs no images and is exact on every processor."""
+    return Quantization("int8", "dynamic", frozenset(linear_layers(config)), weight_bits=PORTABLE_BITS)
 
 
 def linear_layers(config: ViTConfig) -> list[str]:

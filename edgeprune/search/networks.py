@@ -21,6 +21,7 @@ from edgeprune.export.plan import Plan
 from edgeprune.export.request import Resolved
 from edgeprune.pruning.base import Stage
 from edgeprune.pruning.counts import StageCounts
+from edgeprune.quantization.scheme import portable
 from edgeprune.runtime.bundle import Bundle
 from edgeprune.runtime.manifest import Manifest, StageInfo
 from edgeprune.version import __version__
@@ -57,6 +58,8 @@ def networks(resolved: Resolved, model: PrunedViT, schedules: Mapping[str, Stage
         path = Path(folder)
         with WeightStore(path / "model.onnx.data") as store:
             writer = GraphWriter(resolved, weight_arrays(model), store, path)
+            if resolved.target.quantizes:  # which ranges and which layers makes next to no difference to the time
+                writer.pruned = writer.dense = portable(resolved.config)
             for name, stages in {DENSE: (), **schedules}.items():
                 writer.write([name], plan_of(resolved, stages))
         fields: dict[str, Any] = {

@@ -16,7 +16,7 @@ from edgeprune.bench.bench import ratio_clock
 from edgeprune.bench.fingerprint import take_fingerprint
 from edgeprune.bench.measure import MeasurePlan, Runner, measure
 from edgeprune.bench.runners import pass_runner, session_runner
-from edgeprune.data import DIGITS, FOLDER_PREFIX, open_dataset
+from edgeprune.data import DIGITS, FOLDER_PREFIX, open_dataset, shown_name
 from edgeprune.errors import InputError
 from edgeprune.export.api import export_model, load_reference, preprocessing, silent
 from edgeprune.export.request import Resolved
@@ -200,8 +200,13 @@ class Search:
         self.tested = None if self.test is None else Judge(self.model, self.test)
         if self.test is None:
             self.warnings.append(
-                f"{shown_data(request.data)} has no 'train' and 'val': accuracies are of the images the schedule was "
+                f"{shown_name(request.data)} has no 'train' and 'val': accuracies are of the images the schedule was "
                 "chosen by"
+            )
+        if resolved.target.quantizes:
+            self.warnings.append(
+                f"accuracies are those of the float model: `edgeprune export --recipe` with --calibration judges "
+                f"{resolved.target.precision}"
             )
         self.adaptive = resolved.method.adaptive(resolved.options)
         if self.adaptive and resolved.request.batch != (1, 1):
@@ -427,7 +432,7 @@ class Search:
             found=Provenance(
                 tool_version=__version__,
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                data=shown_data(request.data),
+                data=shown_name(request.data),
                 data_sha256=self.images.sha256,
                 images=len(self.images),
                 subset=len(self.subset.data),
@@ -466,11 +471,6 @@ def has_split(spec: str) -> bool:
         return True  # unknown data is refused where it is opened
     path = spec.removeprefix(FOLDER_PREFIX)
     return split_path(path, "train") != split_path(path, "test")
-
-
-def shown_data(spec: str) -> str:
-    """Return the data's name without its path."""
-    return spec if spec == DIGITS else FOLDER_PREFIX + Path(spec.removeprefix(FOLDER_PREFIX)).name
 
 
 def _some(images: np.ndarray, first: int, batch: int) -> np.ndarray:

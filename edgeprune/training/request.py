@@ -17,14 +17,13 @@ from edgeprune.models.config import ViTConfig
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning import get_method
 from edgeprune.pruning.base import Method, Stage, StageRequest, parse_stages
-from edgeprune.quantization.scheme import Quantization, linear_layers
+from edgeprune.quantization.scheme import Quantization, portable
 from edgeprune.runtime.manifest import PreprocessInfo
 from edgeprune.training.distributed import PRECISIONS
 from edgeprune.training.logs import KINDS
 from edgeprune.training.recipes import PRESETS, Recipe, default_recipe
 
 QUANTIZED = ("int8",)
-WEIGHT_BITS = 7  # exact on every processor, see `Quantization`
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,7 @@ class Job:
 
         The dynamic scheme: what trains is then free of measured ranges, which would move with the weights.
         """
-        if self.request.quantize is None:
-            return None
-        return Quantization("int8", "dynamic", frozenset(linear_layers(self.config)), weight_bits=WEIGHT_BITS)
+        return None if self.request.quantize is None else portable(self.config)
 
 
 def resolve(request: FinetuneRequest) -> Job:

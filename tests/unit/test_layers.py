@@ -32,8 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "export": _MODEL | {"runtime", "checks.compare", "plugins", "quantization"},
     "checks": _MODEL | {"runtime", "checks.compare", "export", "quantization"},
     "bench": _MODEL | {"runtime", "checks", "export"},
-    "search": _MODEL | {"runtime", "checks", "export", "bench"},
-    "cli": _MODEL | {"runtime", "checks", "export", "bench", "search", "training", "convert", "plugins", "serving"},
+    "search": _MODEL | {"runtime", "checks", "export", "bench", "quantization"},
+    "cli": _MODEL
+    | {"runtime", "checks", "export", "bench", "search", "training", "convert", "plugins", "serving", "quantization"},
 }
 # The facade names the public API lazily, and `python -m edgeprune` is the command.
 FACADE = {"edgeprune", "edgeprune.__main__"}
