@@ -60,14 +60,9 @@ class Target:
     passes: Callable[[str, tuple[int, int]], tuple[GraphPass, ...]] | None = None
     rules: Callable[[], tuple[Rule, ...]] | None = None
 
-    @property
-    def built(self) -> bool:
-        """Whether this version of edgeprune can lower to the target."""
-        return self.dialect is not None
-
     def why_not_runnable(self) -> str | None:
         """Return why bundles for the target cannot run on this machine, None when they can; nothing is loaded."""
-        if self.device is None or not self.built:
+        if self.device is None:
             return self.why_unavailable()
         from edgeprune.runtime.cuda import find_device
 
@@ -80,8 +75,6 @@ class Target:
 
     def why_unavailable(self) -> str | None:
         """Return why the target cannot be used here, None when it can."""
-        if not self.built:
-            return "not in this version of edgeprune"
         for package, extra in self.packages:
             if find_spec(package) is None:
                 return f"package '{package}' is missing: pip install 'edgeprune[{extra}]'"

@@ -8,12 +8,6 @@ from edgeprune.errors import EnvironmentLackError, InputError
 from edgeprune.export.targets import onnx, ort_cpu, ort_cpu_int8, ort_cuda, tensorrt
 from edgeprune.export.targets.base import Target
 
-
-def _planned(name: str, backend: str, precision: str) -> Target:
-    """A target the design names and this version does not lower to."""
-    return Target(name, backend, precision, "planned", opset=0, opsets=(), domains=(), packages=())
-
-
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -38,7 +32,7 @@ def get_target(name: str) -> Target:
         raise InputError(
             f"unknown target '{name}'",
             code="target-unknown",
-            expected=f"one of {', '.join(t.name for t in TARGETS.values() if t.built)}",
+            expected=f"one of {', '.join(TARGETS)}",
             hint=f"did you mean {' or '.join(close)}?" if close else "run `edgeprune targets`",
         )
     target = TARGETS[name]

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from edgeprune.export.targets.registry import TARGETS
 from edgeprune.runtime.bundle import Bundle, BundleWriter
 from tests.cli.conftest import DIGITS, Cli, Outcome, write_image
 
@@ -171,7 +173,8 @@ def test_unknown_target_names_the_nearest(cli: Cli, out: Path) -> None:
     assert_nothing_written(out)
 
 
-def test_target_that_cannot_be_used_here(cli: Cli, out: Path) -> None:
+def test_target_that_cannot_be_used_here(cli: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "ort-cpu-int8", replace(TARGETS["ort-cpu-int8"], packages=(("no_such", "ort"),)))
     assert_refused(cli(*EXPORT, "--target", "ort-cpu-int8", "-o", out), 3, "target-unavailable", "ort-cpu-int8")
     assert_nothing_written(out)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgeprune.export.targets.registry import TARGETS
 from edgeprune.models.registry import MODELS
 from edgeprune.pruning import METHODS
 from edgeprune.runtime.bundle import Bundle, load_bundle
@@ -41,11 +43,13 @@ def test_methods_says_what_a_keep_rate_means_and_shows_the_notes(cli: Cli) -> No
     assert METHODS["tome"].notes[0] in " ".join(cli("methods").out.split())
 
 
-def test_targets_lists_reasons(cli: Cli) -> None:
+def test_targets_lists_reasons(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "ort-cpu-int8", replace(TARGETS["ort-cpu-int8"], packages=(("no_such", "ort"),)))
     rows = {row["name"]: row for row in cli("targets", "--json").json["results"]}
     assert rows["ort-cpu"]["available"]
     assert not rows["ort-cpu-int8"]["available"]
-    assert rows["ort-cpu-int8"]["why_unavailable"] in cli("targets").out
+    assert "'no_such' is missing" in rows["ort-cpu-int8"]["why_unavailable"]
+    assert "'no_such'" in cli("targets").out
 
 
 # ------------------------------------------------------------------------------------------------ export

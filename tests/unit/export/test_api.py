@@ -15,6 +15,7 @@ from edgeprune.errors import EdgepruneError, EnvironmentLackError, InputError
 from edgeprune.export import ExportRequest, export_model, load_torch_model, plan_export
 from edgeprune.export.graphs import random_stages
 from edgeprune.export.request import resolve
+from edgeprune.export.targets.registry import TARGETS
 from edgeprune.models.registry import get_model_config
 from edgeprune.pruning.base import Constant
 from edgeprune.pruning.model import PrunedViT
@@ -330,7 +331,8 @@ def test_bad_request_is_refused_before_anything_is_written(tmp_path: Path, field
     assert list(tmp_path.iterdir()) == []
 
 
-def test_target_that_is_not_built_yet_is_not_available(tmp_path: Path) -> None:
+def test_target_that_lacks_a_package_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "ort-cpu-int8", replace(TARGETS["ort-cpu-int8"], packages=(("no_such", "ort"),)))
     with pytest.raises(EnvironmentLackError) as caught:
         export_model(replace(REQUEST, target="ort-cpu-int8"), tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("target-unavailable", 3)
