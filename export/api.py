@@ -191,7 +191,7 @@ def write_bundle(
     from edgeprune.checks.compare import remark
     from edgeprune.export.emit.weights import weight_arrays
     from edgeprune.export.graphs import GraphWriter, whole_plans
-    from edgeprune.export.quantize import quantize, quantized_reference
+    from edgeprune.export.quantize import one_by_one, quantize, quantized_reference
     from edgeprune.export.writer import WeightStore
     from edgeprune.runtime.manifest import AdaptiveInfo, PreprocessInfo
 
@@ -261,7 +261,7 @@ def write_bundle(
         report("comparing with PyTorch", 0.7)
         reference = model
         if quantized is not None:
-            alone = request.batch[1] == 1
+            alone = one_by_one(resolved.form, request.batch, resolved.target)
             reference = quantized_reference(model, quantized.pruned, resolved.target, per_image=alone)
         fields |= verify_fields(writer.preview(fields), reference, resolved)
         if said := remark(fields["parity"]):

@@ -7,6 +7,7 @@ run on this machine and thrown away.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -67,7 +68,8 @@ class Quantized:
     """What was decided.
 
     Attributes:
-        pruned, dense: of the graphs with and without stages; the same layers, ranges of their own.
+        pruned, dense: of the graphs with and without stages; the same layers, ranges of their own unless a density
+            keeps every token.
         info: the manifest's `quantization`.
         warnings: what a user should know.
     """
@@ -109,6 +111,13 @@ class _Quantizer:
         request, layers = self.resolved.request, linear_layers(self.resolved.config)
         patterns, points = parse_keep_float(request.keep_float)
         kept = match_layers(patterns, layers)
+        if len(kept) == len(layers):
+            raise InputError(
+                "--keep-float leaves no layer to quantize",
+                code="keep-float",
+                expected="at least one quantized layer",
+                hint="--target ort-cpu keeps all of them float",
+            )
         self._open_images()
         if points is not None and self.images is None:
             raise InputError(
@@ -124,10 +133,17 @@ class _Quantizer:
         static = self._observe(first)
         with Trials(self.resolved, self.model) as trials:
             chosen, speed = self._choose_scheme(trials, first, static)
-            if points is not None and self.images is not None and chosen.layers:
+            if points is not None and self.images is not None:
                 gains = trials.gains(chosen)
                 more = choose_float(self._fake, chosen, self.model, self.images, gains, points, self.report)
                 chosen = replace(chosen, layers=chosen.layers - set(more))
+                if not chosen.layers:
+                    raise CheckFailed(
+                        f"each layer that is quantized costs more than {points:g} points",
+                        code="keep-float",
+                        expected=f"some layers that cost at most {points:g} points together",
+                        hint="allow more points, or fine-tune with `edgeprune finetune --quantize`",
+                    )
                 speed = trials.speed({FLOAT: None, chosen.scheme: chosen}) if speed is not None else None
             trials.check_kernels(chosen)
             accuracy = self._judge(trials, chosen)
@@ -172,15 +188,15 @@ class _Quantizer:
         """Return the static form, None where it is not to be tried."""
         if self.images is None or self.resolved.request.quantization == "dynamic":
             return None
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(self.resolved.config.to_dict()).encode())
         for name, array in weight_arrays(self.model).items():
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(array).data)
-        densities = [stages for stages in self.resolved.densities.values() if stages]
-        pruned = [self.model.with_stages(stages) for stages in densities or [self.model.stages]]
-        for name, models in (("dense", [self.model.with_stages(())]), ("pruned", pruned)):
-            if name == "pruned" and not self.model.stages:
-                self.ranges[name] = self.ranges["dense"]
+        densities = list(self.resolved.densities.values()) or [self.model.stages]
+        pruned = [self.model.with_stages(stages) for stages in densities]
+        for name, models in (("pruned", pruned), ("dense", [self.model.with_stages(())])):
+            if name == "dense" and () in densities:  # a density of its own, which the manifest's ranges are for too
+                self.ranges[name] = self.ranges["pruned"]
                 continue
             self.ranges[name] = observe_ranges(
                 models,
@@ -248,6 +264,17 @@ class _Quantizer:
                 details=found.model_dump(),
             )
         return found
+
+
+def one_by_one(form: str | None, batch: tuple[int, int], target: Target) -> bool:
+    """Return whether a bundle runs every image alone, so that a dynamic range is an image's own.
+
+    Args:
+        form: of an adaptive method, None for another one.
+        batch: smallest and largest.
+        target: of the bundle.
+    """
+    return batch[1] == 1 or form == "computed" or (form == "buckets" and target.takes_slots)
 
 
 def quantized_reference(model: PrunedViT, quantization: Quantization, target: Target, *, per_image: bool) -> PrunedViT:
@@ -355,7 +382,8 @@ def quantization_warnings(resolved: Resolved, info: QuantizationInfo) -> list[st
             f"weights of {info.weight_bits} bits overflow the integer kernels of this processor ({processor_name()}): "
             "leave --weight-bits out"
         )
-    if info.scheme == "dynamic" and resolved.request.batch[1] > 1:
+    alone = one_by_one(resolved.form, resolved.request.batch, resolved.target)
+    if info.scheme == "dynamic" and not alone:
         warnings.append(
             "the ranges of a dynamic quantization are taken over a batch: an image's logits depend on its batch"
         )

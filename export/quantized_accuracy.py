@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgeprune.checks.compare import jaccard
 from edgeprune.data import DIGITS, Dataset, folder_of, open_dataset, shown_name
 from edgeprune.data.classes import match_classes
+from edgeprune.data.folder import has_classes
 from edgeprune.errors import InputError
 from edgeprune.runtime.manifest import PreprocessInfo, QuantizedAccuracy
 
@@ -81,9 +82,7 @@ def open_images(
         InputError: `calibration` for less than two images or images of a single class; those of opening the data.
     """
     alone = spec != DIGITS and folder_of(spec, "train") == folder_of(spec, "test")
-    labelled = spec == DIGITS or any(
-        p.is_dir() and not p.name.startswith(".") for p in folder_of(spec, "train").iterdir()
-    )
+    labelled = spec == DIGITS or has_classes(folder_of(spec, "train"))
     limits = (2 * count, None) if alone else (count, JUDGED_IMAGES)
     first = open_dataset(spec, "train", limit=limits[0], labelled=labelled)
     _check(first, spec, labelled)
@@ -163,6 +162,9 @@ def refer(model: PrunedViT, images: ImageSet, batch: int, report: Report) -> Ref
         images: to run.
         batch: images that a graph runs at once, for methods whose counts are of a batch.
         report: called with (step, share done).
+
+    Raises:
+        InputError: `calibration` when an output is not finite.
     """
     import torch
 
@@ -171,8 +173,15 @@ def refer(model: PrunedViT, images: ImageSet, batch: int, report: Report) -> Ref
     for group in images.groups(size):
         with torch.inference_mode():
             found = model.run(torch.from_numpy(filled_up(images.images[group], 1 if model.exact_in_batch else batch)))
-        count = group.stop - group.start
-        best.append(found.logits.numpy()[:count].argmax(1))
+        count, logits = group.stop - group.start, found.logits.numpy()
+        if not np.isfinite(logits).all():
+            raise InputError(
+                "the float model's outputs are not finite on the calibration images",
+                code="calibration",
+                expected="images and weights that belong together",
+                hint="check the images, and the checkpoint with `edgeprune verify` of a float32 bundle",
+            )
+        best.append(logits[:count].argmax(1))
         for stage, ids in zip(kept, found.kept, strict=True):
             stage.append(ids.numpy()[:count])
         report("running the float model", group.stop / len(images))

@@ -85,7 +85,7 @@ def choose_float(
     """
     probes, layers = images.first(PROBES), sorted(quantization.layers)
     wanted = log_softmax(logits_of(model, probes))
-    least = LEAST_GAIN * sum(gains.values())
+    least = LEAST_GAIN * sum(max(gain, 0.0) for gain in gains.values()) or 1.0
     worth = {}
     for done, layer in enumerate(layers, 1):
         one = quantized(replace(quantization, layers=frozenset({layer})))

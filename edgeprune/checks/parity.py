@@ -64,11 +64,12 @@ def verify_bundle(
     if manifest.quantization is not None or density is not None:
         config = config_from_manifest(manifest)
     if manifest.quantization is not None:
-        from edgeprune.export.quantize import quantized_reference
+        from edgeprune.export.quantize import one_by_one, quantized_reference
         from edgeprune.export.targets.registry import get_target
 
         quantization, target = quantization_of(manifest.quantization, config), get_target(manifest.target)
-        alone = manifest.batch[1] == 1
+        form = None if manifest.adaptive is None else manifest.adaptive.form
+        alone = one_by_one(form, manifest.batch, target)
         model = quantized_reference(model, quantization, target, per_image=alone)  # type: ignore[arg-type]
     if density is not None:
         session.density = density

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError
+from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.files import write_whole
 from edgeprune.quantization.scheme import Range
 
@@ -107,7 +107,7 @@ def observe_ranges(
         batches: images [B, C, H, W] each.
         method: see `parse_method`.
         cache: folder of earlier results; the same models, images and method are not run again.
-        weights: tells weights and stages apart, for the cache.
+        weights: tells architectures, weights and stages apart, for the cache.
         report: called with (step, share done).
 
     Raises:
@@ -125,7 +125,8 @@ def observe_ranges(
         report("observing the ranges of the layers", done / total)
     ranges = collector.ranges()
     if entry is not None:
-        write_whole({entry: json.dumps(ranges).encode("ascii")})
+        with contextlib.suppress(EdgepruneError):  # a cache that cannot be written costs time and nothing else
+            write_whole({entry: json.dumps(ranges).encode("ascii")})
     return ranges
 
 
@@ -185,4 +186,4 @@ def _read(entry: Path, layers: Sequence[str]) -> dict[str, Range] | None:
         ranges = {layer: (float(found[layer][0]), float(found[layer][1])) for layer in layers}
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    return ranges
+    return ranges if np.isfinite(list(ranges.values())).all() else None

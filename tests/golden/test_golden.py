@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -28,7 +29,15 @@ METHODS: dict[str, tuple[float, str | None, dict[str, str]]] = {
     "tome": (1.0, "1,2", {"r": "3"}),
 }
 TARGETS = ["onnx", "ort-cpu", "trt-fp16"]
-QUANTIZED = [("dense", "trt-int8"), ("evit", "trt-int8"), ("evit", "trt-fp8")]
+QUANTIZED = [
+    ("dense", "trt-int8"),
+    ("evit", "trt-int8"),
+    ("evit", "trt-fp8"),
+    ("dense", "ort-cpu-int8"),
+    ("dynamicvit", "ort-cpu-int8"),
+    ("evit", "ort-cpu-int8"),
+]
+DYNAMIC = [("dynamicvit", "ort-cpu-int8"), ("evit", "ort-cpu-int8")]
 CASES = [*((method, target) for target in TARGETS for method in METHODS), *QUANTIZED]
 SHOWN_VALUES = 8
 
@@ -82,6 +91,8 @@ def test_lowered_graph_is_the_recorded_one(tmp_path: Path, method: str, target: 
     model = random_model(config, stages_of(config, method, rate, stages, **options))
     precision = TARGETS_BY_NAME[target].quantizes
     quantization = None if precision is None else made_up(config, cast(Precision, precision))
+    if quantization is not None and (method, target) in DYNAMIC:
+        quantization = replace(quantization, scheme="dynamic", ranges={}, weight_bits=7)
     with_tokens = method in ("evit", "asvit", "tome")
     graph = lowered(model, tmp_path, target=target, token_outputs=with_tokens, quantization=quantization)
     text = "\n".join(describe(graph.model)) + "\n"

@@ -57,9 +57,10 @@ class OrtCpuInt8Dialect(OrtCpuDialect):
     def _quantized(self, g: GraphBuilder, x: gs.Tensor, layer: str) -> Integers:
         """Return rows as integers, made once for all layers that read them."""
         if x.name not in self._integers:
+            name = f"{layer.split('.', 2)[2]}.quantized"
             if self.quantization.scheme == "dynamic":
                 kinds = [("rows", np.uint8, x.shape), ("scale", np.float32, []), ("zero_point", np.uint8, [])]
-                made = g.multi_node("DynamicQuantizeLinear", [x], kinds, name=f"{x.name}.quantized")
+                made = g.multi_node("DynamicQuantizeLinear", [x], kinds, name=name)
                 self._integers[x.name] = (made[0], made[1], made[2])
             else:
                 scale, zero_point = unsigned_activation(self.quantization.ranges[layer])
@@ -67,8 +68,6 @@ class OrtCpuInt8Dialect(OrtCpuDialect):
                     g.unnamed_constant("scale", np.array(scale)),
                     g.unnamed_constant("zero_point", np.array(zero_point)),
                 )
-                rows = g.node(
-                    "QuantizeLinear", [x, *constants], shape=x.shape, name=f"{x.name}.quantized", dtype=np.uint8
-                )
+                rows = g.node("QuantizeLinear", [x, *constants], shape=x.shape, name=name, dtype=np.uint8)
                 self._integers[x.name] = (rows, *constants)
         return self._integers[x.name]
