@@ -118,14 +118,24 @@ def observe_ranges(
     entry = None if cache is None else cache / f"{_key(names, batches, (name, percentile, weights))}.json"
     if entry is not None and (known := _read(entry, names)) is not None:
         return known
-    collector: _Collector = _MinMax() if name == "minmax" else _Histograms(name, percentile)
-    total = len(models) * len(batches)
-    for done, values in enumerate(_inputs(models, names, batches), 1):
-        collector.collect(values)
-        report("observing the ranges of the layers", done / total)
-    ranges = collector.ranges()
+
+    def observe(collector: _Collector, part: float, of: float) -> dict[str, Range]:
+        total = len(models) * len(batches)
+        for done, values in enumerate(_inputs(models, names, batches), 1):
+            collector.collect(values)
+            report("observing the ranges of the layers", (part + done / total) / of)
+        return collector.ranges()
+
+    if name == "minmax":
+        ranges = observe(_MinMax(), 0, 1)
+    elif name == "percentile":
+        ranges = observe(_Histograms(name, percentile), 0, 1)
+    else:  # a histogram that grows gets more bins, and the time of entropy grows with their square
+        ends, histograms = observe(_MinMax(), 0, 2), _Histograms(name, percentile)
+        histograms.collect({layer: np.array(ends[layer], np.float32) for layer in names})
+        ranges = observe(histograms, 1, 2)
     if entry is not None:
-        with contextlib.suppress(EdgepruneError):  # a cache that cannot be written costs time and nothing else
+        with contextlib.suppress(EdgepruneError, OSError):  # a cache that cannot be written costs time and nothing else
             write_whole({entry: json.dumps(ranges).encode("ascii")})
     return ranges
 

@@ -40,6 +40,7 @@ CASES = {
     "ats": ("--method", "ats", "--buckets", "8,16", "--token-outputs"),
     "densities": ("--method", "dynamicvit", "--keep-rate", "1.0,0.5"),
 }
+QUANTIZED = ("--calibration", "digits", "--calibration-images", "16", "--calibration-method", "minmax")
 
 
 @pytest.mark.slow
@@ -75,6 +76,36 @@ def test_export_builds_and_everything_else_runs_the_engines(cli: Cli, device: st
     assert {"attention", "mlp", "selection"} <= {part["part"] for part in layers[1]["parts"]}
     ok(cli("report", result, "-o", page, "--json"))
     assert "tensorrt profiler, 5 runs" in page.read_text()
+    accuracy = ok(cli("evaluate", out, "--data", "digits", "--limit", "60", "--json"))
+    assert accuracy["emulated"] is None
+    assert all(graph["top1"] > 0.8 for graph in accuracy["graphs"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::edgeprune.errors.EdgepruneWarning")
+@pytest.mark.parametrize("target", ["trt-int8"])
+def test_quantized_bundle_goes_from_images_to_engines(
+    cli: Cli, device: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.export.quantized_accuracy.JUDGED_IMAGES", 40)
+    out, checkpoint = tmp_path / "bundle", CHECKPOINTS / "vit_digits_evit.safetensors"
+    made = ok(
+        cli("export", "-m", "vit_digits", *CASES["evit"], "--checkpoint", checkpoint, "--target", target, *QUANTIZED,
+            "--max-drop", "10", "--no-engine", "--no-verify", "-o", out, "--json")
+    )  # fmt: skip
+    found = made["manifest"]["quantization"]
+    assert (found["precision"], found["scheme"], found["weight_bits"]) == (target[4:], "static", 8)
+    assert (found["ranges"]["data"], found["ranges"]["images"], found["ranges"]["method"]) == ("digits", 16, "minmax")
+    assert found["speed"] is None and found["accuracy"]["top1"] > 0.8 and found["accuracy"]["images"] == 40
+    built = cli("build", out, "--json")
+    if device.startswith("8."):
+        assert (built.code, "[tensorrt-version]" in built.err) == (3, True)
+        return
+    ok(built)
+    assert ok(cli("inspect", out, "--json"))["manifest"]["quantization"] == found
+    verified = ok(cli("verify", out, "--checkpoint", checkpoint, "--images", "4", "--json"))
+    assert verified["emulated"] is None and verified["parity"]["top1_agreement"] == 1.0
+    assert len(ok(cli("run", out, write_image(tmp_path / "image.png", "RGB"), "--json"))["images"]) == 1
     accuracy = ok(cli("evaluate", out, "--data", "digits", "--limit", "60", "--json"))
     assert accuracy["emulated"] is None
     assert all(graph["top1"] > 0.8 for graph in accuracy["graphs"].values())
