@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from edgeprune.errors import EdgepruneError, EnvironmentLackError, InputError
@@ -67,7 +68,8 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
         raise explain(first, error) from error
     finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # what is in the way may be no directory at all
+                part.unlink()
 
 
 def explain(out: Path, error: OSError) -> EdgepruneError:

@@ -41,7 +41,7 @@ from edgeprune.quantization.scheme import (
     Scheme,
     linear_layers,
 )
-from edgeprune.runtime.kernels import float_layers, linear_layer, profile_nodes
+from edgeprune.runtime.kernels import float_layers, integer_layers, linear_layer, profile_nodes
 from edgeprune.runtime.manifest import (
     PreprocessInfo,
     QuantizationInfo,
@@ -331,7 +331,10 @@ class Trials:
         """Raise BuildError `kernels` when a quantized layer does not run on integers here."""
         if self.resolved.target.device is not None:
             return
-        found = float_layers(self._nodes(form), self._kept_float(form))
+        nodes = self._nodes(form)
+        found = float_layers(nodes, self._kept_float(form))
+        if not found:
+            found = [f"{layer} was not seen to run" for layer in sorted(form.layers - integer_layers(nodes))]
         if found:
             raise BuildError(
                 f"ONNX Runtime does not compute {len(found)} quantized layers on integers: {'; '.join(found[:3])}",

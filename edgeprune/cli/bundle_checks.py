@@ -27,7 +27,7 @@ from edgeprune.runtime.engines import (
     folder_name,
     read_index,
 )
-from edgeprune.runtime.kernels import float_layers, read_profile
+from edgeprune.runtime.kernels import float_layers, integer_layers, read_profile
 from edgeprune.runtime.manifest import QuantizationInfo
 from edgeprune.runtime.opener import ENGINE_TARGETS
 from edgeprune.runtime.ort import OrtBackend
@@ -72,10 +72,12 @@ def _integers(bundle: Bundle, info: QuantizationInfo) -> Iterator[Finding]:
         session = Session(bundle, threads=1, spinning=False, check_hashes=False, open_graph=opened)
         session.warmup()
         nodes = [node for path in session.end_profiling().values() for node in read_profile(path)]
-    found = sorted(set(float_layers(nodes, info.kept_float)))
+    found, seen = sorted(set(float_layers(nodes, info.kept_float))), len(integer_layers(nodes))
+    fix = "use a bundle for ort-cpu, and report the version of onnxruntime"
     if found:
-        fix = "use a bundle for ort-cpu, and report the version of onnxruntime"
         yield Finding("integer kernels", "fail", f"{len(found)} quantized layers run on floats: {found[0]}", fix)
+    elif seen < info.layers:
+        yield Finding("integer kernels", "fail", f"only {seen} of {info.layers} quantized layers were seen to run", fix)
     else:
         yield Finding("integer kernels", "ok", f"all {info.layers} quantized layers run on integers")
     if info.weight_bits == DOT_PRODUCT_BITS and find_spec("onnx") is not None:

@@ -70,6 +70,11 @@ def node_runs(events: Iterable[Mapping[str, Any]]) -> Iterator[NodeRun]:
             yield NodeRun(name.removesuffix("_kernel_time"), op, float(event["dur"]) / 1000)
 
 
+def integer_layers(nodes: Collection[NodeRun]) -> set[str]:
+    """Return the linear layers of which something ran on integers."""
+    return {layer for node in nodes if node.op in INTEGER and (layer := linear_layer(node.name)) is not None}
+
+
 def float_layers(nodes: Collection[NodeRun], kept_float: Collection[str]) -> list[str]:
     """Return the linear layers that ran on floats and were not meant to, each with the kernel that did it."""
     found = []

@@ -71,7 +71,7 @@ def _same_shape(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         return _selection_of_same_shape(node)
     if node.domain != "com.microsoft":
         return [node]
-    if node.op_type in ("MultiHeadAttention", "Gelu", "FastGelu"):
+    if node.op_type in ("MultiHeadAttention", "Gelu"):
         return [helper.make_node("Identity", [node.input[0]], list(node.output))]
     if node.op_type == "FusedMatMul":
         turned = f"{node.output[0]}.turned"

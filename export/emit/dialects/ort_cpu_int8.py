@@ -50,10 +50,6 @@ class OrtCpuInt8Dialect(OrtCpuDialect):
         shape = [x.shape[0], weight.shape[0]]
         return g.node("MatMulIntegerToFloat", inputs, shape=shape, name=name, domain=MICROSOFT)
 
-    def gelu(self, g: GraphBuilder, name: str, x: gs.Tensor) -> gs.Tensor:
-        """Return GELU by tanh, off by less than 5e-4: little beside the steps of the 8 bits it is rounded to next."""
-        return g.node("FastGelu", [x], shape=x.shape, name=name, domain=MICROSOFT)
-
     def _quantized(self, g: GraphBuilder, x: gs.Tensor, layer: str) -> Integers:
         """Return rows as integers, made once for all layers that read them."""
         if x.name not in self._integers:

@@ -355,15 +355,29 @@ def test_weights_that_are_not_finite(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_layer_that_runs_on_floats_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = [NodeRun("blocks.0.attn.q", "MatMulIntegerToFloat", 1.0), NodeRun("blocks.1.mlp.fc2", "MatMulNBits", 1.0)]
+def nodes_of(**other: str) -> list[NodeRun]:
+    """Return what a profile shows when every linear layer runs on integers but `other`, by part of block 1."""
+    parts = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ops = {f"blocks.1.mlp.{part}": op for part, op in other.items()}
+    names = [f"blocks.{block}.{part}" for block in range(4) for part in parts]
+    return [NodeRun(name, ops.get(name, "MatMulIntegerToFloat"), 1.0) for name in names if ops.get(name) != ""]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "what"),
+    [
+        (nodes_of(fc2="MatMulNBits"), "blocks.1.mlp.fc2 ran as MatMulNBits"),
+        (nodes_of(fc2=""), "blocks.1.mlp.fc2 was not seen to run"),
+    ],
+)
+def test_layer_that_does_not_run_on_integers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[NodeRun], what: str
+) -> None:
     monkeypatch.setattr(Trials, "_nodes", lambda self, form: nodes)
-    with pytest.raises(
-        BuildError, match=r"1 quantized layers on integers: blocks\.1\.mlp\.fc2 ran as MatMulNBits"
-    ) as caught:
+    with pytest.raises(BuildError, match=rf"1 quantized layers on integers: {what}") as caught:
         export_model(replace(REQUEST, verify=False), tmp_path / "bundle")
     assert (caught.value.code, caught.value.exit_code) == ("kernels", 4)
-    assert caught.value.details == {"layers": ["blocks.1.mlp.fc2 ran as MatMulNBits"]}
+    assert caught.value.details == {"layers": [what]}
     assert not (tmp_path / "bundle").exists()
     bundle = exported(tmp_path, replace(REQUEST, verify=False, keep_float=("blocks.1.mlp.fc2",)))
     assert bundle.manifest.quantization is not None and bundle.manifest.quantization.layers == 15
@@ -387,10 +401,10 @@ def test_weights_of_8_bits_are_warned_of_where_they_overflow(
     ("fields", "code"),
     [
         ({"target": "ort-cpu", "quantization": "static"}, "quantization"),
-        ({"target": "onnx", "keep_float": ("blocks.0.*",)}, "keep-float"),
-        ({"target": "ort-cpu", "weight_bits": 7}, "weight-bits"),
-        ({"target": "trt-fp16", "max_drop": 1.0}, "max-drop"),
-        ({"target": "ort-cpu", "calibration_method": "minmax"}, "calibration-method"),
+        ({"target": "onnx", "keep_float": ("blocks.0.*",)}, "quantization"),
+        ({"target": "ort-cpu", "weight_bits": 7}, "quantization"),
+        ({"target": "trt-fp16", "max_drop": 1.0}, "quantization"),
+        ({"target": "ort-cpu", "calibration_method": "minmax"}, "quantization"),
         ({"target": "ort-cpu", "calibration": "digits"}, "calibration"),
         ({"quantization": "weights"}, "quantization"),
         ({"target": "trt-int8", "quantization": "dynamic"}, "quantization"),
