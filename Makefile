@@ -23,8 +23,9 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/edgeprune demo -o out/demo --overwrite
 
+# one process per core, each with one thread; PYTEST_ARGS='-n 0 -k name' for a single test
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 # mypy sees export/ where an installed package has it: as edgeprune.export
 lint: setup
