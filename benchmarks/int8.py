@@ -7,7 +7,7 @@ that runs alone keeps the small integer weights in the processor's cache, which 
 Accuracy: the shipped digits checkpoints, calibrated on training images, judged on 2,000 others; the TensorRT graphs are
 emulated, no engine is involved.
 
-    python benchmarks/int8.py [--model NAME...] [--batch 1 8] [--threads 1 2] [--rounds 10] [--quick] [--no-accuracy]
+    python benchmarks/int8.py [--model NAME...] [--batch 1 8] [--threads 1 2] [--rounds 10] [--quick] [--only latency|accuracy]
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def main() -> None:
     add_measure_options(parser)
     parser.set_defaults(model=MODELS, threads=[1, 2], rounds=10)
     next(action for action in parser._actions if action.dest == "model").nargs = "+"
-    parser.add_argument("--no-accuracy", action="store_true", help="latency alone")
+    parser.add_argument("--only", choices=["latency", "accuracy"], help="half of it")
     arguments = parser.parse_args()
     plan = replace(measure_plan(arguments), visit_s=VISIT_S)
     goals: list[Goal] = []
     cases: list[dict[str, Any]] = []
-    for model in arguments.model:
+    for model in arguments.model if arguments.only != "accuracy" else []:
         for batch in arguments.batch:
             rows: list[dict[str, str]] = []
             with tempfile.TemporaryDirectory(prefix="edgeprune-benchmark-") as directory:
@@ -112,7 +112,7 @@ def main() -> None:
                         cases.append(group.to_dict())
             print(f"\n## {model}, batch {batch}: times faster than the naive dense float32 export\n")
             print(markdown_table(rows), flush=True)
-    accuracy = [] if arguments.no_accuracy else judge_digits(goals)
+    accuracy = [] if arguments.only == "latency" else judge_digits(goals)
     write_result("int8", arguments, goals, [*cases, *accuracy])
 
 

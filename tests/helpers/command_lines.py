@@ -56,7 +56,7 @@ VALUES: dict[str, Callable[[Any], object]] = {
     "model": _one_of(MODELS),
     "teacher_model": _one_of(MODELS),
     "method": get_method,
-    "target": _one_of(name for name, target in TARGETS.items() if target.built),
+    "target": _one_of(TARGETS),
     "data": _data,
     "calibration": _data,
     "stages": lambda text: parse_stages(text, 0.5),

@@ -289,7 +289,7 @@ def test_transformers_checkpoint_is_loaded(tmp_path, old, fields):
     report = load_into(model, load_checkpoint(tmp_path / "model.safetensors"))
     images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert report.matched == len(source.state_dict())
-    assert torch.equal(model(images), source(images))
+    torch.testing.assert_close(model(images), source(images), rtol=0, atol=1e-6)  # memory placement moves last bits
 
 
 def test_keys_without_base_name_are_understood():
