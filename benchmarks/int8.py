@@ -7,7 +7,7 @@ that runs alone keeps the small integer weights in the processor's cache, which 
 Accuracy: the shipped digits checkpoints, calibrated on training images, judged on 2,000 others; the TensorRT graphs are
 emulated, no engine is involved.
 
-    python benchmarks/int8.py [--model NAME...] [--batch 1 8] [--threads 1 2] [--rounds 10] [--quick] [--only latency|accuracy]
+    python benchmarks/int8.py [--model NAME...] [--batch 1 8] [--threads 1 2] [--only latency|accuracy]
 """
 
 from __future__ import annotations
