@@ -54,13 +54,10 @@ class ImageSet:
         """Return the images in groups for the torch model."""
         return [self.images[group] for group in self.groups(CHUNK)]
 
-    def places(self, count: int) -> NDArray[np.int64]:
-        """Return the places of some images, spread evenly."""
-        return np.arange(min(count, len(self))) * len(self) // min(count, len(self))
-
     def first(self, count: int) -> ImageSet:
         """Return some of the images, spread evenly."""
-        at = self.places(count)
+        count = min(count, len(self))
+        at = np.arange(count) * len(self) // count
         return ImageSet(self.name, self.images[at], None if self.labels is None else self.labels[at], self.held_out)
 
 
@@ -147,11 +144,6 @@ class Reference:
     images: ImageSet
     best: NDArray[np.int64]
     kept: list[NDArray[np.int64]]
-
-    def first(self, count: int) -> Reference:
-        """Return the same of some of the images, spread evenly."""
-        at = self.images.places(count)
-        return Reference(self.images.first(count), self.best[at], [stage[at] for stage in self.kept])
 
 
 def refer(model: PrunedViT, images: ImageSet, batch: int, report: Report) -> Reference:

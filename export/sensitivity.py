@@ -48,7 +48,7 @@ def match_layers(patterns: Sequence[str], layers: Sequence[str]) -> list[str]:
     """Return the layers that a pattern names, in order.
 
     Raises:
-        InputError: `keep-float` for a pattern that names none, or when none is left.
+        InputError: `keep-float` for a pattern that names none.
     """
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
@@ -98,8 +98,6 @@ def choose_float(
 
     def enough(count: int) -> bool:
         kept = frozenset(ranked[count:])
-        if not kept:
-            return True
         return 100 * lost(logits_of(quantized(replace(quantization, layers=kept)), images), theirs, images) <= points
 
     low, high = 0, len(ranked)  # `high` is always enough

@@ -79,7 +79,6 @@ def compare(
     precision: str = "fp32",
     tolerance: float | None = None,
     shape: tuple[int, ...] | None = None,
-    inputs: Images | None = None,
 ) -> ParityInfo:
     """Return how well a graph agrees with the reference.
 
@@ -98,8 +97,6 @@ def compare(
         precision: chooses the limits.
         tolerance: largest relative error of the logits that passes; None takes that of the precision.
         shape: (C, H, W); None takes that of the model's configuration.
-        inputs: [N, C, H, W] to compare on instead of drawn ones, some for replacements among them. A static
-            quantization holds for images like those it was calibrated with, and not for noise.
 
     Raises:
         InputError: `parity-precision`.
@@ -112,24 +109,17 @@ def compare(
     sizes = (batch, batch) if isinstance(batch, int) else batch
     bound = limits.relative_error if tolerance is None else tolerance
     rng = np.random.default_rng(seed)
-    drawn = draw_images(shape, images, rng) if inputs is None else inputs[:images]
-    taken = len(drawn)
+    inputs = draw_images(shape, images, rng)
     decided: list[_Trial] = []
     undecided: list[_Trial] = []
     for _ in range(DRAWS):
-        trials = _try_all(run, model, drawn, sizes, limits.tie, bound)
+        trials = _try_all(run, model, inputs, sizes, limits.tie, bound)
         aside = np.array([trial.tied and not trial.agrees(bound) for trial in trials])
         for trial, is_aside in zip(trials, aside, strict=True):
             (undecided if is_aside else decided).append(trial)
         if not aside.any():
             break
-        if inputs is None:
-            drawn = draw_images(shape, images, rng)[: len(trials)][aside]
-        else:
-            drawn = inputs[taken : taken + int(aside.sum())]
-            taken += len(drawn)
-            if not len(drawn):
-                break
+        inputs = draw_images(shape, images, rng)[: len(trials)][aside]
     return _summarize(decided, undecided, bound)
 
 
